@@ -1,0 +1,294 @@
+"""The LightningDataModule over packed rows: one disjoint share of them per stage, resumable to the exact batch.
+
+Exact resume rests on four things together: rows addressed by number (`PackedDataset`), torchdata's
+`StatefulDataLoader`, a sampler with state, and a Trainer with ``use_distributed_sampler=False``. The order of rows
+depends on the seed, the stage's name and the epoch, on nothing that happened before.
+
+    B rows of a batch and process · L context · C copied tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from tpa_train.data.packing import PackedDataset, PackedStream, TokenizerLike, pack
+from tpa_train.data.settings import DataSettings
+from tpa_train.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+STAGES = ("calibration", "layerwise", "distill")
+
+
+class StageSampler(StatefulDistributedSampler):
+    """One long pass over a stage's rows, shuffled anew each time they have all been seen.
+
+    Lightning resumes exactly inside an epoch but not at its edges: a state saved after an epoch's last batch gives an
+    empty epoch or repeats one, depending on who saved it. So a fit is a single epoch for Lightning, as long as its
+    optimiser steps need, and the epochs of the data are counted here. As a consequence no step is cut short at the
+    data's end either, whatever the gradient accumulation.
+
+    The order depends on (seed, number of the pass over the rows): neither on Lightning's epoch nor on global state.
+    """
+
+    def __init__(
+        self, rows: Dataset, num_replicas: int, rank: int, seed: int, shuffle: bool = True, length: int | None = None
+    ) -> None:
+        """Args: ``length`` is the number of rows that this process is to see; None: its part of one pass."""
+        super().__init__(rows, num_replicas, rank, shuffle, seed)
+        if length is not None:
+            self.num_samples, self.total_size = length, length * num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        rows = len(self.dataset)
+        self.yielded, self.next_yielded = self.next_yielded or 0, None
+        current, order = -1, range(rows)
+        for number in range(self.yielded, self.num_samples):
+            number = number * self.num_replicas + self.rank  # of all processes' rows
+            if self.shuffle and number // rows != current:
+                current = number // rows
+                generator = torch.Generator().manual_seed(_seed(self.seed, current))
+                order = torch.randperm(rows, generator=generator).tolist()
+            self.yielded += 1
+            yield order[number % rows]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: Lightning's epochs do not count (it calls this one with 1 if a finished run is extended)."""
+
+
+class PackedDataModule(lightning.LightningDataModule):
+    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
+
+    ``prepare_data`` packs (once per machine), ``setup`` opens. Both may also be called without a Trainer.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        tokenizer: TokenizerLike,
+        context: int,
+        batch_size: int,
+        stage_rows: Mapping[str, int | None] | None = None,
+        stage: str = "distill",
+        progress: bool = True,
+    ) -> None:
+        """Remembers what to load.
+
+        Args:
+            settings: the text.
+            tokenizer: the model's tokenizer.
+            context: L, tokens of a row.
+            batch_size: B, rows of one batch on one process.
+            stage_rows: rows that each stage wants for itself, such as ``{"calibration": 64, "layerwise": 400}``;
+                stage: the stage that ``train_dataloader`` serves; assign ``datamodule.stage`` between fits.
+            progress: show a progress line while packing.
+
+        Raises:
+            UserError: a stage or a size makes no sense.
+        """
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1 row, not {batch_size}.")
+        self.settings, self.tokenizer, self.context, self.batch_size = settings, tokenizer, context, batch_size
+        self.stage_rows = {name: None for name in STAGES} | dict(stage_rows or {})
+        for name, rows in self.stage_rows.items():
+            if name not in STAGES:
+                raise UserError(f"stage_rows: '{name}' is no stage{nearest(name, STAGES)}")
+            if rows is not None and rows < 1:
+                raise UserError(f"stage_rows.{name}={rows} must be at least 1 row.")
+        self.stage = stage
+        self.progress = progress
+        self.folder: Path | None = None
+        self._train: PackedDataset | None = None
+
+    # ------------------------------------------------------------------------------------------------- preparation
+
+    def prepare_data(self) -> None:
+        """Packs the text, or finds it packed."""
+        self.folder = pack(self.settings, self.tokenizer, self.progress)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the packed training rows (``stage`` is Lightning's, not one of STAGES)."""
+        if self._train is None:
+            if self.folder is None:  # processes other than the first of a machine: a cache hit
+                self.prepare_data()
+            stream = PackedStream(self.folder, "train", self.tokenizer.fingerprint)
+            self._train = PackedDataset(stream, self.context, self.settings.join_documents)
+
+    @property
+    def train_dataset(self) -> PackedDataset:
+        """All training rows, whatever the stage."""
+        self.setup()
+        return self._train
+
+    def rows_of(self, stage: str) -> np.ndarray:
+        """Returns the numbers of the rows that belong to ``stage``, int64 [rows].
+
+        Rows are dealt from one seeded permutation, so a stage's share is spread over the whole text.
+        """
+        if stage not in STAGES:
+            raise UserError(f"'{stage}' is no stage{nearest(stage, STAGES)}")
+        generator = np.random.default_rng(_seed(self.settings.seed, "deal"))
+        dealt = generator.permutation(len(self.train_dataset))
+        fixed = [(name, rows) for name in STAGES if (rows := self.stage_rows[name]) is not None]
+        wanted = sum(rows for _, rows in fixed)
+        if wanted > len(dealt) * (0.5 if len(fixed) < len(STAGES) else 1):
+            log.warning("the stages want %d rows of their own, there are %d: they share them", wanted, len(dealt))
+            return dealt[: self.stage_rows[stage]]
+        begin = 0
+        for name, rows in fixed:
+            if name == stage:
+                return dealt[begin : begin + rows]
+            begin += rows
+        return dealt[begin:]  # stages without a number share the rest
+
+    # ------------------------------------------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """The loader of ``self.stage``, shuffled, with as many batches as the trainer's ``max_steps`` need."""
+        return self.stage_dataloader(self.stage)
+
+    def calibration_dataloader(self) -> StatefulDataLoader:
+        """The calibration rows once, in order."""
+        return self.stage_dataloader("calibration", shuffle=False)
+
+    def layerwise_dataloader(self) -> StatefulDataLoader:
+        return self.stage_dataloader("layerwise")
+
+    def distill_dataloader(self) -> StatefulDataLoader:
+        return self.stage_dataloader("distill")
+
+    def stage_dataloader(self, stage: str, shuffle: bool = True) -> StatefulDataLoader:
+        """Returns a resumable loader over the rows of ``stage`` that fall to this process.
+
+        Args:
+            stage: one of STAGES.
+            shuffle: give shuffled batches for all steps of the trainer (without a trainer: one pass); otherwise one
+                pass in order, whose last batch may be smaller.
+        """
+        rows = Subset(self.train_dataset, self.rows_of(stage).tolist())
+        replicas, rank = self._replicas()
+        length = None
+        if shuffle and self.trainer is not None:
+            if self.trainer.max_steps < 1:
+                raise UserError("set the trainer's max_steps: training is counted in steps, not in epochs.")
+            length = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.batch_size
+        sampler = StageSampler(rows, replicas, rank, _seed(self.settings.seed, stage), shuffle, length)
+        return StatefulDataLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.settings.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=shuffle,
+        )
+
+    def _replicas(self) -> tuple[int, int]:
+        """(processes that see different data, this one's number); processes of a tensor-parallel group share data."""
+        if self.trainer is not None:
+            kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
+            return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    # ------------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order of rows; Lightning stores it in every checkpoint."""
+        return {
+            "data": PackedStream(self.folder).manifest.fingerprint,
+            "context": self.context,
+            "seed": self.settings.seed,
+            "stage": self.stage,
+            "stage_rows": dict(self.stage_rows),
+            "batch_size": self.batch_size,
+            "processes": self._replicas()[0],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to resume where the rows would be others than those of the interrupted run.
+
+        Raises:
+            UserError: the text, context, seed, stage or shares differ.
+        """
+        self.setup()
+        options = {
+            "data": "the text (data.*)", "context": "the context", "seed": "data.seed", "stage": "the stage",
+            "stage_rows": "stage_rows", "batch_size": "the batch size", "processes": "the number of processes",
+        }  # fmt: skip
+        for key, current in self.state_dict().items():
+            if (saved := state_dict.get(key)) == current:
+                continue
+            changed = f"{options[key]} is {current} but the checkpoint was saved with {saved}"
+            if key in ("batch_size", "processes"):  # legitimate on other hardware
+                log.warning("%s: training goes on, but not with the rows that an uninterrupted run would see", changed)
+            else:
+                raise UserError(f"{changed}; resume with the same one, or start anew from the exported weights.")
+
+    # ----------------------------------------------------------------------------------------------------- held out
+
+    def heldout_rows(self, num_tokens: int, context: int | None = None, join_documents: bool | None = None) -> Dataset:
+        """Returns rows of held-out text worth ``num_tokens`` (at least one row), spread evenly over it.
+
+        Args:
+            num_tokens: tokens wanted; fewer come back when less text is held out.
+            context: L of these rows; the training context if None.
+            join_documents: as in `DataSettings`, which decides if None.
+
+        Raises:
+            UserError: the held-out text does not fill one row.
+        """
+        join = self.settings.join_documents if join_documents is None else join_documents
+        rows = PackedDataset(self._heldout(), context or self.context, join)
+        count = min(len(rows), max(1, num_tokens // rows.context))
+        return Subset(rows, [i * len(rows) // count for i in range(count)])
+
+    def copy_texts(self, distance: int, count: int) -> torch.Tensor:
+        """Returns texts for the long-range copy test: BOS, then the same ``distance`` held-out tokens twice.
+
+        Document boundaries are ignored, and BOS ids inside the text left out: they would mark positions to attend to.
+
+        Args:
+            distance: C, tokens between a token and its copy.
+            count: number of texts; they start at evenly spaced places and overlap when held-out text is short.
+
+        Returns:
+            int64 [count, 1 + 2C].
+
+        Raises:
+            UserError: fewer than C + count - 1 tokens are held out.
+        """
+        stream = self._heldout()
+        bos = stream.manifest.bos_id
+        tokens = np.asarray(stream.tokens)
+        tokens = torch.from_numpy(tokens[tokens != bos].astype(np.int64))
+        room = len(tokens) - distance
+        if distance < 1 or count < 1 or room < count - 1:
+            raise UserError(
+                f"{count} copy texts of {distance:,} tokens do not fit the {len(tokens):,} tokens held out; raise "
+                f"data.heldout_min_tokens (and data.max_tokens) or copy shorter texts."
+            )
+        begins = [i * room // max(1, count - 1) for i in range(count)]
+        text = torch.stack([tokens[b : b + distance] for b in begins])  # [count, C]
+        return torch.cat([torch.full((count, 1), bos), text, text], dim=1)
+
+    def _heldout(self) -> PackedStream:
+        self.setup()
+        return PackedStream(self.folder, "heldout", self.tokenizer.fingerprint)
+
+
+def _seed(*parts: object) -> int:
+    """A 31-bit seed from anything printable, the same in every process and Python."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,244 @@
+"""Tokenises documents once and packs them into a cached folder (`packed.py` says how it is laid out).
+
+Held-out documents are chosen by a hash of their text, so they are the same ones in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from tpa_train.data.compact import import_compact
+from tpa_train.data.packed import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    START,
+    TOKEN,
+    VERSION,
+    Manifest,
+    PackedDataset,
+    PackedStream,
+    is_packed,
+    read_manifest,
+    temporary_folder,
+)  # fmt: skip
+from tpa_train.data.settings import DataSettings
+from tpa_train.data.sources import Source, make_source
+from tpa_train.errors import UserError
+
+__all__ = ["PackedDataset", "PackedStream", "choose_heldout", "default_cache_dir", "pack"]
+
+log = logging.getLogger(__name__)
+
+BATCH_DOCUMENTS, BATCH_CHARS = 64, 1_000_000  # one tokeniser call: enough to keep its threads busy, and no more
+
+
+class TokenizerLike(Protocol):
+    """What packing needs of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str], bos: bool = True) -> list[list[int]]: ...
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("TPA_TRAIN_CACHE") or "~/.cache/tpa_train/packed").expanduser()
+
+
+def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True) -> Path:
+    """Returns the folder of packed data that ``settings`` ask for, tokenising only what is not cached.
+
+    Args:
+        settings: the source, the token budget and what to hold out.
+        tokenizer: the model's tokenizer.
+        progress: show a progress line with the time left.
+
+    Raises:
+        UserError: the source is empty or unreadable, or was packed with another tokenizer.
+    """
+    if settings.max_tokens is not None and settings.max_tokens < 1:
+        raise UserError(f"data.max_tokens={settings.max_tokens} must be positive, or null to pack everything.")
+    if not 0 <= settings.heldout_fraction < 1:
+        raise UserError(f"data.heldout_fraction={settings.heldout_fraction} must be at least 0 and below 1.")
+    cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+    if settings.kind == "text" and isinstance(settings.path, (str, os.PathLike)):
+        path = Path(settings.path).expanduser()
+        if is_packed(path):
+            folder = import_compact(path, cache) if path.is_file() else path
+            PackedStream(folder, tokenizer_fingerprint=tokenizer.fingerprint)  # checks
+            return folder
+    source = make_source(settings)
+    key = {
+        "format": [FORMAT, VERSION],
+        "source": source.describe(),
+        "tokenizer": tokenizer.fingerprint,
+        "budget": [settings.max_tokens, settings.heldout_fraction, settings.heldout_min_tokens],
+    }
+    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache / fingerprint[:32]
+    if (folder / MANIFEST).is_file():
+        try:
+            manifest = read_manifest(folder)
+            log.info("packed data from the cache: %s (%s)", folder, _counts(manifest))
+            return folder
+        except UserError as e:  # nobody named this folder: replace it
+            log.warning("%s", e)
+            shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder(folder) as temporary:
+        began = time.monotonic()
+        hashes, lengths = _tokenise(source, tokenizer, settings.max_tokens, temporary / "all.tokens", progress)
+        if not len(lengths):
+            option = {"text": f"data.path={settings.path}", "hub": f"data.name={settings.name}"}.get(settings.kind)
+            raise UserError(f"{option or f'data.kind={settings.kind}'} holds no text; point it at non-empty documents.")
+        manifest = _split(temporary, hashes, lengths, settings, fingerprint, tokenizer, key["source"])
+        seconds = time.monotonic() - began
+        log.info(
+            "packed %s in %.1f s (%s tokens/s) into %s",
+            _counts(manifest), seconds, f"{sum(manifest.tokens.values()) / max(seconds, 1e-9):,.0f}", folder,
+        )  # fmt: skip
+    return folder
+
+
+def _counts(manifest: Manifest) -> str:
+    return ", ".join(f"{s}: {manifest.documents[s]:,} documents, {manifest.tokens[s]:,} tokens" for s in SPLITS)
+
+
+def _tokenise(
+    source: Source, tokenizer: TokenizerLike, max_tokens: int | None, path: Path, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Appends documents' tokens to ``path`` until the source or the budget ends.
+
+    Returns:
+        text hashes (uint64 [documents]) and token counts (int64 [documents]); the last document may be cut short.
+    """
+    hashes: list[int] = []
+    lengths: list[int] = []
+    total = 0
+    bar = tqdm(
+        total=100.0, desc="tokenising", disable=not progress, leave=False, delay=1,
+        mininterval=0.3 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
+    )  # fmt: skip
+    with bar, open(path, "wb") as file:
+        for batch in _batches(source):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch, bos=True), strict=True):
+                ids = np.asarray(ids[: max_tokens - total] if max_tokens else ids, TOKEN)
+                if not len(ids):
+                    break
+                file.write(ids.tobytes())
+                hashes.append(int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
+                lengths.append(len(ids))
+                total += len(ids)
+            done = max(source.progress() or 0.0, total / max_tokens if max_tokens else 0.0)
+            bar.update(max(0.0, 100.0 * min(1.0, done) - bar.n))
+            bar.set_postfix_str(f"{total / 1e6:.1f}M tokens", refresh=False)
+            if max_tokens and total >= max_tokens:
+                log.info("the token budget is reached (data.max_tokens=%s); text after it is not used", max_tokens)
+                break
+    return np.array(hashes, np.uint64), np.array(lengths, np.int64)
+
+
+def _batches(source: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for document in source:
+        batch.append(document)
+        chars += len(document)
+        if len(batch) >= BATCH_DOCUMENTS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def choose_heldout(hashes: np.ndarray, lengths: np.ndarray, fraction: float, min_tokens: int) -> np.ndarray | None:
+    """Chooses held-out documents by their text's hash.
+
+    All documents whose hash lies in the lowest ``fraction`` of the range are held out, whatever else the data holds;
+    where they have fewer than ``min_tokens`` (or a quarter of all, if that is less) the next hashes join them.
+    Copies of a text share its hash, so they never straddle the splits.
+
+    Args:
+        hashes: uint64 [documents].
+        lengths: tokens per document, int64 [documents].
+
+    Returns:
+        bool [documents], or None where whole documents cannot do it: they would take more than half of the tokens.
+    """
+    total = int(lengths.sum())
+    order = np.argsort(hashes, kind="stable")
+    needed = min(min_tokens, total // 4) if fraction or min_tokens else 0
+    count = int(np.searchsorted(np.cumsum(lengths[order]), needed)) + 1 if needed else 0
+    limit = max(int(fraction * 2**64) - 1, int(hashes[order[count - 1]]) if count else -1)
+    chosen = hashes <= np.uint64(limit) if limit >= 0 else np.zeros(len(hashes), bool)
+    return None if lengths[chosen].sum() > total // 2 else chosen
+
+
+def _split(
+    folder: Path,
+    hashes: np.ndarray,
+    lengths: np.ndarray,
+    settings: DataSettings,
+    fingerprint: str,
+    tokenizer: TokenizerLike,
+    described: dict,
+) -> Manifest:
+    """Deals the tokens in ``all.tokens`` to the two splits and writes the manifest, last."""
+    every = np.memmap(folder / "all.tokens", TOKEN, mode="r", shape=(int(lengths.sum()),))
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(START)
+    heldout = choose_heldout(hashes, lengths, settings.heldout_fraction, settings.heldout_min_tokens)
+    if heldout is None:
+        # One or a few long documents: their end is held out instead, where a document may begin in its middle.
+        share = max(int(settings.heldout_fraction * len(every)), min(settings.heldout_min_tokens, len(every) // 4))
+        cut = len(every) - min(share, len(every) // 2)
+        log.warning(
+            "too few documents to hold whole ones out: the last %s tokens are held out", f"{len(every) - cut:,}"
+        )
+        in_heldout = starts[starts > cut]
+        parts = {
+            "train": (every[:cut], starts[starts < cut]),
+            "heldout": (every[cut:], np.concatenate([[cut], in_heldout]) - cut if cut < len(every) else in_heldout),
+        }
+        for split, (tokens, offsets) in parts.items():
+            tokens.tofile(folder / f"{split}.tokens")
+            offsets.astype(START).tofile(folder / f"{split}.starts")
+        counts = {s: (len(t), len(o)) for s, (t, o) in parts.items()}
+    else:
+        counts = {}
+        for split, mask in (("train", ~heldout), ("heldout", heldout)):
+            with open(folder / f"{split}.tokens", "wb") as file:
+                for start, length in zip(starts[mask], lengths[mask], strict=True):
+                    file.write(every[start : start + length].tobytes())
+            offsets = np.concatenate([[0], np.cumsum(lengths[mask])[:-1]])[: mask.sum()]
+            offsets.astype(START).tofile(folder / f"{split}.starts")
+            counts[split] = (int(lengths[mask].sum()), int(mask.sum()))
+    wanted = settings.heldout_min_tokens
+    if counts["heldout"][0] < wanted:
+        log.warning(
+            "only %s tokens are held out, fewer than data.heldout_min_tokens=%s: the data is small",
+            f"{counts['heldout'][0]:,}", f"{wanted:,}",
+        )  # fmt: skip
+    del every
+    (folder / "all.tokens").unlink()
+    manifest = Manifest(
+        fingerprint=fingerprint, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id, tokens={s: n for s, (n, _) in counts.items()},
+        documents={s: n for s, (_, n) in counts.items()}, source=described,
+    )  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    return manifest

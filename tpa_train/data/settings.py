@@ -1,0 +1,47 @@
+"""What the user can say about training text. Every field's comment becomes its help line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("python_docs", "text", "hub")
+
+
+@dataclass
+class DataSettings:
+    """Where documents come from, how many tokens of them to pack, and which are held out.
+
+    A plain dataclass that `OmegaConf.structured` accepts.
+    """
+
+    # python_docs: manuals, docstrings and sources of the running Python (no download); text: local files;
+    # hub: Hugging Face
+    kind: str = "python_docs"
+    # text: a file, folder, glob or a list of them (.txt .md .jsonl .parquet, the first three also .gz or .xz),
+    # or data packed earlier: its folder, or the single .npz file of a compact export
+    path: Any = None
+    # jsonl, parquet and hub: the field that holds a document's text
+    text_key: str = "text"
+    # text: plain .txt and .md files are cut into documents of about this many characters, at paragraph ends
+    split_chars: int = 100_000
+    # hub: data set name, such as HuggingFaceFW/fineweb-edu
+    name: str | None = None
+    # hub: configuration (subset) of the data set, where it has several
+    subset: str | None = None
+    # hub: split to stream
+    split: str = "train"
+    # stop tokenising after this many tokens, held-out ones included; null packs everything
+    max_tokens: int | None = 8_000_000
+    # share of the documents kept from training, chosen by a hash of their text: the same ones in every run
+    heldout_fraction: float = 0.02
+    # small data: hold out at least this many tokens (but never more than a quarter of them)
+    heldout_min_tokens: int = 65_536
+    # packed data is kept here; null: $TPA_TRAIN_CACHE, else ~/.cache/tpa_train/packed
+    cache_dir: str | None = None
+    # true: attention crosses document boundaries inside a row, as if the data were one long text
+    join_documents: bool = False
+    # orders the Python documents, deals rows to the stages and shuffles them
+    seed: int = 0
+    # loader processes; 0 reads in the training process (rows are memory-mapped: workers seldom pay)
+    num_workers: int = 0

@@ -1,0 +1,261 @@
+"""The two recovery stages as LightningModules: layer-wise (teacher-forced) and end to end (DESIGN §5).
+
+Both train float32 copies of the parameters that learn and share everything else with the teacher. A checkpoint holds
+only what learns: neither the teacher nor the frozen weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tpa_train.distillation.capture import capture_attention
+from tpa_train.distillation.losses import linear_kl, normalised_error
+from tpa_train.errors import UserError, nearest
+from tpa_train.gemma3.attention import AttentionContext
+from tpa_train.gemma3.layers import accumulation_dtype
+from tpa_train.gemma3.model import Gemma3ForCausalLM
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
+
+TrainScope = Literal["factors", "attention", "above", "all"]
+SCOPES = ("factors", "attention", "above", "all")
+
+
+@dataclass
+class OptimizerSettings:
+    """Learning rates and schedule of one stage."""
+
+    lr_factors: float = 1e-3  # of the parameters that conversion introduced
+    lr_original: float = 1e-4  # of the original's weights, where they train
+    warmup: float = 0.05  # share of the steps with a rising rate
+    final_lr: float = 0.05  # share of the peak rate at the last step (cosine in between)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # gradient norm
+
+
+def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) -> list[str]:
+    """Returns the parameters that learn.
+
+    ``factors``: those that conversion introduced; ``attention``: the converted layers' attention; ``above``: every
+    layer from the first converted one up (the others' forward is then shared with the teacher); ``all``: everything
+    but the embedding.
+
+    Raises:
+        UserError: the scope is unknown.
+    """
+    if scope not in SCOPES:
+        raise UserError(f"unknown training scope '{scope}'{nearest(scope, SCOPES)}")
+    factors = set(student.factor_names())
+    converted = set(student.converted_layers)
+
+    def learns(name: str) -> bool:
+        layer = layer_of(name)
+        if name in factors:
+            return True
+        if scope == "attention":
+            return layer in converted and ".self_attn." in name
+        if scope == "above":
+            return name == "norm.weight" or (layer is not None and layer >= min(converted))
+        return scope == "all" and name != "embed_tokens.weight"
+
+    return [name for name, _ in student.named_parameters() if learns(name)]
+
+
+def schedule(step: int, total: int, settings: OptimizerSettings) -> float:
+    """Returns the factor on the learning rate at ``step`` of ``total``: linear warm-up, then half a cosine."""
+    warmup = max(1, round(settings.warmup * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class RecoveryModule(L.LightningModule):
+    """What both stages share: which parameters learn, their optimizer, and checkpoints without the teacher.
+
+    Args:
+        teacher: the dense original; frozen.
+        student: shares its unconverted parameters with the teacher.
+        settings: learning rates and schedule.
+        scope: which of the student's parameters learn.
+        total_steps: optimizer steps of the whole stage, for the schedule.
+    """
+
+    stage: str
+
+    def __init__(
+        self,
+        teacher: Gemma3ForCausalLM,
+        student: Gemma3ForMultimodalLMwithTPA,
+        settings: OptimizerSettings,
+        scope: TrainScope,
+        total_steps: int,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold only what learns; on_load_checkpoint checks that by name
+        self.teacher, self.student = teacher.requires_grad_(False).eval(), student.requires_grad_(False).eval()
+        self.settings, self.total_steps = settings, total_steps
+        self.trained = trainable_names(student, scope)
+        self._factors = set(student.factor_names())
+        parameters = dict(student.named_parameters())
+        for name in self.trained:
+            # A float32 copy: the teacher keeps its own, and small updates are not lost in bfloat16.
+            wide = parameters[name].detach().to(accumulation_dtype(parameters[name].dtype), copy=True)
+            set_parameter(student, name, nn.Parameter(wide))
+        self._tokens = 0
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Returns the learning parameters by the student's names, detached."""
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name].detach() for name in self.trained}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {f"student.{name}": tensor for name, tensor in self.trained_tensors().items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recovery"] = {"stage": self.stage, "tokens": self._tokens}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        if expected != found or checkpoint.get("recovery", {}).get("stage") != self.stage:
+            differing = sorted(expected ^ found)
+            raise UserError(
+                f"the checkpoint does not belong to this {self.stage} stage"
+                + (f" (first difference: '{differing[0]}')" if differing else "")
+                + "; start a new run folder or restore the options that it was made with."
+            )
+        self._tokens = checkpoint["recovery"]["tokens"]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = dict(self.student.named_parameters())
+        groups = []
+        for label, rate, wanted in (
+            ("factors", self.settings.lr_factors, True),
+            ("original", self.settings.lr_original, False),
+        ):
+            members = [parameters[n] for n in self.trained if (n in self._factors) == wanted]
+            if members:
+                groups.append({"params": members, "lr": rate, "name": label})
+        optimizer = torch.optim.AdamW(
+            groups, betas=tuple(self.settings.betas), weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+        rule: Callable[[int], float] = lambda step: schedule(step, self.total_steps, self.settings)  # noqa: E731
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips by the stage's own setting and logs the norm before clipping."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        self.log("grad_norm", norm, prog_bar=False)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, metrics = self.losses(batch)
+        self._tokens += batch["token_ids"].numel() * self.trainer.world_size
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=False)
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and what else to log, from ``token_ids`` and ``document_ids`` [B, L]."""
+        raise NotImplementedError
+
+
+class LayerwiseModule(RecoveryModule):
+    """Every converted attention gets the teacher's input to its layer and must reproduce the teacher's output.
+
+    All layers learn in parallel, without the vocabulary and without the layers above the last converted one. The error
+    is taken after the post-attention norm, which is what the residual stream receives: each token counts by the
+    direction of its update, not by its length.
+    """
+
+    stage = "layerwise"
+
+    def __init__(self, teacher, student, settings: OptimizerSettings, total_steps: int) -> None:
+        super().__init__(teacher, student, settings, "factors", total_steps)
+        self.converted = student.converted_layers
+
+    def layer_errors(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+        """Returns the normalised output error of every converted layer, with gradients."""
+        ids = batch["token_ids"]
+        with torch.no_grad(), capture_attention(self.teacher, self.converted) as records:
+            context = self.teacher.context(ids, batch.get("document_ids"))
+            self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.converted[-1] + 1)
+        errors = {}
+        for index, record in records.items():
+            norm = self.teacher.layers[index].post_attention_layernorm
+            output = self.student.layers[index].self_attn(record.input, record.context)
+            errors[index] = normalised_error(norm(output), norm(record.output))
+        return errors
+
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        errors = self.layer_errors(batch)
+        return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
+
+
+class EndToEndModule(RecoveryModule):
+    """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
+
+    Args (beyond ``RecoveryModule``'s):
+        hidden_weight: of the mean normalised hidden-state error at the first step.
+        hidden_until: share of the steps after which that weight is zero.
+        kl_every: the KL is taken at every so-many-th position (1: all); the head dominates small models on a CPU.
+    """
+
+    stage = "distilled"
+
+    def __init__(
+        self,
+        teacher,
+        student,
+        settings: OptimizerSettings,
+        scope: TrainScope,
+        total_steps: int,
+        hidden_weight: float = 0.1,
+        hidden_until: float = 0.5,
+        kl_every: int = 1,
+    ) -> None:
+        super().__init__(teacher, student, settings, scope, total_steps)
+        self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
+        self.first = min(i for i in map(layer_of, self.trained) if i is not None)
+
+    def _decayed_weight(self) -> float:
+        progress = self.global_step / max(1, self.hidden_until * self.total_steps)
+        return self.hidden_weight * max(0.0, 1.0 - progress)
+
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, documents = batch["token_ids"], batch.get("document_ids")
+        weight = self._decayed_weight()
+        with torch.no_grad():
+            context = self.teacher.context(ids, documents)
+            shared = self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.first)
+        # Nothing below the first learning layer differs, so both continue from the same residual stream.
+        x_teacher = x_student = shared
+        hidden_error = shared.new_zeros(())
+        for index in range(self.first, self.teacher.config.num_layers):
+            with torch.no_grad():
+                x_teacher = self.teacher.layers[index](x_teacher, context)
+            x_student = self._student_layer(index, x_student, context)
+            if weight > 0:
+                hidden_error = hidden_error + normalised_error(x_student, x_teacher)
+        hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
+        offset = self.global_step % self.kl_every  # another residue each step, so that all positions get their turn
+        pick = slice(offset, None, self.kl_every)
+        with torch.no_grad():
+            h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
+        h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
+        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight)
+        metrics = {"kl": kl.detach()}
+        if weight > 0:
+            metrics["hidden_error"] = hidden_error.detach()
+        return kl + weight * hidden_error, metrics
+
+    def _student_layer(self, index: int, x: Tensor, context: AttentionContext) -> Tensor:
+        return self.student.layers[index](x, context)

@@ -1,0 +1,357 @@
+"""What is measured after each stage: teacher and student on the same held-out rows, copy texts and prompts.
+
+    B rows · L tokens of a row · D hidden size · C copied tokens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tpa_train.errors import UserError
+from tpa_train.evaluation.metrics import (
+    AccuracyMetric,
+    QualityMetric,
+    compare_tokens,
+    next_token_mask,
+    score_tokens,
+)
+
+REAL_ALLOCATION_LIMIT = 2**30  # bytes; larger caches are counted on the meta device
+
+
+@dataclass
+class StageResult:
+    """The model after one stage, measured. NLL and KL in nats a token.
+
+    ``tokens`` and ``seconds`` are what the *stage* cost (training or calibration; 0 for the teacher), as given by the
+    caller; ``evaluated_tokens`` and ``evaluation_seconds`` what measuring cost.
+    """
+
+    name: str
+    tokens: int = 0
+    seconds: float = 0.0
+    perplexity: float = float("nan")
+    teacher_perplexity: float = float("nan")
+    kl: float = float("nan")
+    top1: float = float("nan")
+    copy_accuracy: dict[str, float] = field(default_factory=dict)  # by copied tokens C
+    by_position: list[dict[str, float]] = field(default_factory=list)  # see QualityMetric.compute
+    evaluated_tokens: int = 0
+    evaluation_seconds: float = 0.0
+    head_dtype: str = "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class CacheReport:
+    """Bytes that one sequence's cache takes at ``context`` tokens, dense with windows beside TPA."""
+
+    context: int
+    dense_bytes: int
+    tpa_bytes: int
+    ratio: float
+    allocated: bool  # False: too large to allocate for a count, so the same buffers were sized without memory
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Evaluator:
+    """Measures students against one teacher on fixed text.
+
+    The teacher runs over the rows once; its hidden states stay in host memory, in the precision they were computed in,
+    and serve every stage. Under ``torch.distributed`` each process takes every n-th row and the metrics are reduced;
+    all processes run equally many forward passes, so sharded models do not wait for each other.
+
+    Args:
+        teacher: the original model.
+        rows: held-out rows ``{"token_ids": [L], "document_ids": [L]}``, or int tensor [rows, L] of single documents.
+        copy_texts: C -> int [count, 1 + 2C]: BOS, a text, the same text again.
+        batch_size: rows a forward pass (copy texts go one by one, they are long).
+        head_dtype: of the vocabulary matmul's inputs (``metrics.score_tokens``). Scores are at least float32 unless
+            a half type is asked for on a CPU, which rounds them; the result records the dtype.
+        autocast: makes the context manager that the models (not the head) run under.
+        max_copy_tokens: score only about this many evenly spaced tokens of each second copy; None scores all.
+        progress: show a bar with the time left (on the first process).
+
+    Raises:
+        UserError: there are no rows, or a copy text is not two equal halves after its first token.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        rows: Sequence[Mapping[str, Tensor]] | Tensor,
+        copy_texts: Mapping[int | str, Tensor] | None = None,
+        *,
+        batch_size: int = 1,
+        head_dtype: torch.dtype = torch.float32,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        max_copy_tokens: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        if len(rows) == 0:
+            raise UserError("there is no held-out text to evaluate on.")
+        self.teacher, self.rows, self.batch_size = teacher, rows, batch_size
+        self.copy_texts = {str(c): texts for c, texts in sorted((copy_texts or {}).items(), key=lambda i: int(i[0]))}
+        for distance, texts in self.copy_texts.items():
+            middle = 1 + texts.shape[1] // 2
+            if texts.shape[1] % 2 == 0 or not torch.equal(texts[:, 1:middle], texts[:, middle:]):
+                raise UserError(f"copy text {distance} must be one token, a text, and the same text again.")
+        self.head_dtype, self.autocast = head_dtype, autocast
+        self.max_copy_tokens, self.progress = max_copy_tokens, progress
+        self.context = max(self._row(index)[0].shape[0] for index in range(len(rows)))
+        self._teacher_hidden: dict[int, Tensor] = {}  # by first row of the batch, [B, L, D] on the host
+
+    def evaluate(self, student: Any | None, name: str, tokens: int = 0, seconds: float = 0.0) -> StageResult:
+        """Measures one stage.
+
+        Args:
+            student: the model, or None for the teacher itself: its hidden states are then compared with themselves
+                by the same code (the identical model is not run a second time).
+            name: of the stage.
+            tokens, seconds: what the stage cost; passed through to the result.
+
+        Returns:
+            The measurements, the same on every process.
+
+        Raises:
+            UserError: no token could be scored, or the vocabularies differ.
+        """
+        start = time.perf_counter()
+        model = self.teacher if student is None else student
+        models = [self.teacher] if student is None else [self.teacher, student]
+        quality = QualityMetric(self.context).to(_device(model))
+        copying = {distance: AccuracyMetric().to(_device(model)) for distance in self.copy_texts}
+        with _evaluating(models), torch.no_grad(), self._bar(name) as bar:
+            for first, token_ids, document_ids, real in self._batches():
+                self._score_rows(quality, student, first, token_ids, document_ids, real)
+                bar.update(token_ids.numel())
+            for distance, texts in self.copy_texts.items():
+                for text, real in _shard([text[None] for text in texts]):
+                    self._score_copy(copying[distance], model, text, real)
+                    bar.update(text.numel())
+        measured = quality.compute()
+        return StageResult(
+            name=name,
+            tokens=tokens,
+            seconds=seconds,
+            perplexity=measured["perplexity"],
+            teacher_perplexity=measured["teacher_perplexity"],
+            kl=measured["kl"],
+            top1=measured["top1"],
+            copy_accuracy={distance: metric.compute() for distance, metric in copying.items()},
+            by_position=measured["by_position"],
+            evaluated_tokens=measured["tokens"],
+            evaluation_seconds=time.perf_counter() - start,
+            head_dtype=str(self.head_dtype).removeprefix("torch."),
+        )
+
+    def _score_rows(
+        self, quality: QualityMetric, student: Any, first: int, token_ids: Tensor, document_ids: Tensor, real: bool
+    ) -> None:
+        """Adds rows [B, L] to the metric; rows that are there to keep processes in step are run, not counted."""
+        device = _device(self.teacher if student is None else student)
+        # The teacher may live elsewhere: its hidden states are fetched, not its activations.
+        teacher_hidden = self._hidden_of_teacher(first, token_ids, document_ids).to(device)
+        token_ids, document_ids = token_ids.to(device), document_ids.to(device)
+        student_hidden = teacher_hidden if student is None else self._run(student, token_ids, document_ids)
+        if not real:
+            return
+        scored, seen = next_token_mask(token_ids, document_ids)
+        teacher_head = self.teacher.head_weight.to(device)
+        comparisons = compare_tokens(
+            teacher_hidden[:, :-1][scored],
+            student_hidden[:, :-1][scored],
+            teacher_head,
+            teacher_head if student is None else student.head_weight,
+            token_ids[:, 1:][scored],
+            self.head_dtype,
+        )
+        seen = seen[scored]
+        for part, comparison in comparisons:
+            quality.update(comparison, seen[part])
+
+    def _score_copy(self, metric: AccuracyMetric, model: Any, text: Tensor, real: bool) -> None:
+        """Adds one copy text [1, 1 + 2C]: is each token of the second copy the model's first choice?"""
+        text = text.to(_device(model))
+        copied = text.shape[1] // 2
+        hidden = self._run(model, text, None)
+        if not real:
+            return
+        positions = torch.arange(copied, 2 * copied, device=text.device)  # each predicts the token after it
+        if self.max_copy_tokens is not None and self.max_copy_tokens < copied:
+            step = -(-copied // self.max_copy_tokens)
+            # From half a step on: the first token of the copy cannot be known to be one, and must not weigh more.
+            positions = positions[step // 2 :: step]
+        targets = text[0, positions + 1]
+        _, best = score_tokens(hidden[0, positions], model.head_weight, targets, self.head_dtype)
+        metric.update(best == targets)
+
+    def _hidden_of_teacher(self, first: int, token_ids: Tensor, document_ids: Tensor) -> Tensor:
+        if first not in self._teacher_hidden:
+            device = _device(self.teacher)
+            hidden = self._run(self.teacher, token_ids.to(device), document_ids.to(device))
+            self._teacher_hidden[first] = hidden.cpu()
+        return self._teacher_hidden[first]
+
+    def _run(self, model: Any, token_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+        with self.autocast():
+            return model.hidden_states(token_ids, document_ids)
+
+    def _row(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns token and document ids of one row, each [L]."""
+        row = self.rows[index]
+        if isinstance(row, Tensor):
+            return row, torch.zeros_like(row)
+        return row["token_ids"], row["document_ids"]
+
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+        """Yields (number of the first row, token_ids [B, L], document_ids [B, L], count it) for this process."""
+        starts = range(0, len(self.rows), self.batch_size)
+        for first, real in _shard(starts):
+            batch = [self._row(i) for i in range(first, min(first + self.batch_size, len(self.rows)))]
+            yield first, torch.stack([b[0] for b in batch]), torch.stack([b[1] for b in batch]), real
+
+    def _bar(self, name: str) -> tqdm:
+        rank, world = _process()
+        total = len(self.rows) * self.context + sum(texts.numel() for texts in self.copy_texts.values())
+        return tqdm(
+            total=total // world, desc=f"evaluate {name}", unit="tok", unit_scale=True, leave=False,
+            disable=not self.progress or rank > 0,
+        )  # fmt: skip
+
+
+def greedy_samples(
+    teacher: Any,
+    student: Any,
+    prompts: Sequence[str],
+    max_tokens: int = 48,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[dict[str, str]]:
+    """Continues each prompt by both models, greedily and with their caches.
+
+    Returns:
+        one ``{"prompt", "teacher", "student"}`` a prompt, continuations without the prompt.
+
+    Raises:
+        UserError: a model has no tokenizer, or the text does not fit its context.
+    """
+    from tpa_train.tpa.generation import generate  # kept out of the import of the metrics
+
+    samples = [{"prompt": prompt} for prompt in prompts]
+    for key, model in (("teacher", teacher), ("student", student)):
+        with _evaluating([model]), torch.no_grad(), autocast():
+            device = _device(model).type
+            # What write() returns under autocast is what the cache should hold.
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            texts = [generate(model, [p], max_tokens, temperature=0.0, cache_dtype=dtype)[0] for p in prompts]
+        for sample, text in zip(samples, texts, strict=True):
+            sample[key] = text
+    return samples
+
+
+def layer_rows(model: Any) -> list[dict[str, Any]]:
+    """Returns the report's layer table: ``index, kind, form_k, rank_k, form_v, rank_v, bits, bytes_per_token``.
+
+    A dense layer has form "dense" and head_dim as its rank; ranks are per KV head. Bytes are those of the buffers that
+    a bfloat16 cache sets aside for a token, quantization scales included.
+    """
+    rows = []
+    # One token on the meta device: what allocate_cache does, at no cost.
+    buffers = model.allocate_cache(1, 1, dtype=torch.bfloat16, device="meta").buffers
+    for index, (layer, tensors) in enumerate(zip(model.layers, buffers, strict=True)):
+        attention = layer.self_attn
+        rows.append(
+            {
+                "index": index,
+                "kind": attention.kind,
+                "form_k": getattr(attention, "form_k", "dense"),
+                "rank_k": getattr(attention, "rank_k", model.config.head_dim),
+                "form_v": getattr(attention, "form_v", "dense"),
+                "rank_v": getattr(attention, "rank_v", model.config.head_dim),
+                "bits": getattr(getattr(attention, "spec", None), "bits", 16),
+                "bytes_per_token": sum(t.numel() * t.element_size() for t in tensors),
+            }
+        )
+    return rows
+
+
+def formula_bytes(model: Any, context: int) -> int:
+    """Returns Σ over layers of n_l(L)·c_l in bytes (DESIGN §2), from forms, ranks and bits alone.
+
+    c_l is G·d numbers for dense and G·r for latent keys or values; below 16 bits every 32 numbers of a head add a
+    scale and a minimum of 2 bytes each. A layer of another form counts what it says it stores.
+    """
+    config, total = model.config, 0
+    for row in layer_rows(model):
+        per_token = 0
+        for which in "kv":
+            if row[f"form_{which}"] not in ("dense", "latent"):
+                per_token = row["bytes_per_token"]
+                break
+            rank, bits = row[f"rank_{which}"], row["bits"]
+            scales = 0 if bits == 16 else 4 * -(-rank // 32)
+            per_token += config.num_kv_heads * (-(-rank * bits // 8) + scales)
+        total += config.cached_tokens(row["index"], context) * per_token
+    return total
+
+
+def cache_report(teacher: Any, student: Any, context: int) -> CacheReport:
+    """Allocates both caches for one sequence of ``context`` tokens in bfloat16 and compares their bytes.
+
+    Caches beyond 1 GiB are sized without memory. Either way the bytes must equal DESIGN §2's formula.
+    """
+    bytes_of, allocated = [], True
+    for model in (teacher, student):
+        expected = formula_bytes(model, context)
+        device = "cpu" if expected <= REAL_ALLOCATION_LIMIT else "meta"
+        allocated = allocated and device != "meta"
+        actual = model.allocate_cache(1, context, dtype=torch.bfloat16, device=device).nbytes
+        assert actual == expected, f"the cache takes {actual} bytes but the formula says {expected}"
+        bytes_of.append(actual)
+    dense, tpa = bytes_of
+    return CacheReport(context, dense, tpa, dense / tpa, allocated)
+
+
+def _process() -> tuple[int, int]:
+    """(this process's number, number of processes)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _shard(items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yields this process's items; short processes repeat their first one with False, to stay in step with others."""
+    rank, world = _process()
+    for start in range(0, len(items), world):
+        index = start + rank
+        yield (items[index], True) if index < len(items) else (items[0], False)
+
+
+def _device(model: Any) -> torch.device:
+    return model.head_weight.device
+
+
+@contextlib.contextmanager
+def _evaluating(models: Sequence[Any]) -> Iterator[None]:
+    """Eval mode, and afterwards each model's own mode again."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)

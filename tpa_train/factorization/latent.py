@@ -1,0 +1,142 @@
+"""Latent factors in closed form: the best rank-r keys and values under data-aware metrics (DESIGN §4).
+
+Minimising E‖M^½(k − UAx)‖² over rank-r maps has the solution of a principal component analysis in the metric: with E
+the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures attention logits, that
+of values the layer's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpa_train.factorization.calibration import LayerMoments
+from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.config import Gemma3Config, LayerKind
+from tpa_train.gemma3.layers import rope_frequencies
+
+EIGENVALUE_FLOOR = 1e-10  # of the largest; a metric that ignores a direction must still be invertible
+
+
+def average_over_distances(second: Tensor, speeds: Tensor, distances: Tensor) -> Tensor:
+    """Returns the mean over Δ of R_Δᵀ Q R_Δ for matrices Q [G, d, d], with R_Δ the RoPE rotation of a key that lies Δ
+    tokens before its query.
+
+    Args:
+        second: query moments before RoPE, float64.
+        speeds: rotation speeds [d/2], radians per token.
+        distances: tokens, any shape; each counts equally.
+    """
+    half = speeds.numel()
+    angles = -distances.double().flatten()[:, None] * speeds.double()  # keys come first: a negative rotation
+    cos, sin = angles.cos(), angles.sin()
+    count = angles.shape[0]
+    cc, ss, cs = cos.T @ cos / count, sin.T @ sin / count, cos.T @ sin / count
+    sc = cs.T
+    q11, q12 = second[:, :half, :half], second[:, :half, half:]
+    q21, q22 = second[:, half:, :half], second[:, half:, half:]
+    top = torch.cat((q11 * cc + q12 * cs + q21 * sc + q22 * ss, -q11 * cs - q21 * ss + q12 * cc + q22 * sc), dim=2)
+    low = torch.cat((-q11 * sc + q21 * cc - q12 * ss + q22 * cs, q11 * ss - q21 * cs - q12 * sc + q22 * cc), dim=2)
+    return torch.cat((top, low), dim=1)
+
+
+def range_of_distances(config: Gemma3Config, kind: LayerKind, context: int) -> Tensor:
+    """Returns the query-key distances a layer sees: its window, or everything up to ``context`` tokens."""
+    reach = context if kind == "global" else min(context, config.sliding_window)
+    return torch.arange(reach) if reach <= 4096 else torch.linspace(0, reach - 1, 4096, dtype=torch.float64).round()
+
+
+def symmetric_power(matrix: Tensor, power: float) -> Tensor:
+    """Returns ``matrix`` [..., n, n] (symmetric, positive semi-definite) to ``power``, eigenvalues floored."""
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    floor = values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) * EIGENVALUE_FLOOR
+    return (vectors * values.clamp_min(floor).pow(power)[..., None, :]) @ vectors.mT
+
+
+@dataclass
+class Basis:
+    """Directions of one layer's keys or values, most important first. G KV heads, d head_dim; float64."""
+
+    energies: Tensor  # [G, d], squared error that each direction carries: a rank-r tail sum is the error of rank r
+    up: Tensor  # [G, d, d]; the first r columns are U
+    down: Tensor  # [G, d, d]; the first r rows are Eᵀ M^½, so A = down[:r] W
+    mean: Tensor  # [G, d], what the vectors are on average
+
+    @classmethod
+    def from_metric(cls, second: Tensor, metric: Tensor, mean: Tensor) -> "Basis":
+        """Solves for all ranks at once, from C [G, d, d], M [G, d, d] and the mean [G, d]."""
+        root, inverse = symmetric_power(metric, 0.5), symmetric_power(metric, -0.5)
+        values, vectors = torch.linalg.eigh(root @ (0.5 * (second + second.mT)) @ root)
+        values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+        # An eigenvector's sign is arbitrary; fix it so that two machines agree.
+        largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+        vectors = vectors * largest.sign()
+        return cls(values, inverse @ vectors, vectors.mT @ root, mean)
+
+    def tail(self, rank: int) -> float:
+        """Returns the error that rank ``rank`` leaves, summed over KV heads."""
+        return float(self.energies[:, rank:].sum())
+
+
+def key_basis(attention: Attention, moments: LayerMoments, context: int) -> Basis:
+    """Returns the directions of a layer's keys; the metric is the error of attention logits over ``context`` tokens.
+
+    M = Γ · avg_Δ(R_Δᵀ E[q̂q̂ᵀ] R_Δ) · Γ with Γ = diag(1 + w_k); C = attention-weighted moment of k / rms(k).
+    """
+    config = attention.config
+    queries = moments.query_second / moments.query_count[:, None, None]
+    speeds = rope_frequencies(config, attention.kind)
+    metric = average_over_distances(queries, speeds, range_of_distances(config, attention.kind, context))
+    gamma = 1.0 + attention.k_norm.weight.detach().double().cpu()
+    metric = gamma[:, None] * metric * gamma[None, :] * config.scale**2
+    weight = moments.key_weight
+    return Basis.from_metric(
+        moments.key_second / weight[:, None, None], metric, moments.key_first / weight[:, None]
+    )
+
+
+def output_heads(attention: Attention) -> Tensor:
+    """Returns W_O per query head, [G, H/G, D, d] in float64."""
+    config = attention.config
+    weight = attention.o_proj.weight.detach().double().cpu().unflatten(1, (config.num_kv_heads, -1, config.head_dim))
+    return weight.permute(1, 2, 0, 3)
+
+
+def value_basis(attention: Attention, moments: LayerMoments) -> Basis:
+    """Returns the directions of a layer's values around their mean; M = Σ_h W_O^hᵀ W_O^h over a group's heads."""
+    heads = output_heads(attention)
+    mean, covariance = moments.value_covariance()
+    return Basis.from_metric(covariance, torch.einsum("ghod,ghoe->gde", heads, heads), mean)
+
+
+def latent_key_factors(attention: Attention, basis: Basis, rank: int) -> dict[str, Tensor]:
+    """Returns ``LatentKeys``' parameters at ``rank`` by their names.
+
+    The latents stay in the eigenbasis of the metric, where an equal rounding error costs equally in every coordinate.
+    """
+    config = attention.config
+    weight = attention.k_proj.weight.detach().double().cpu().unflatten(0, (config.num_kv_heads, config.head_dim))
+    project = basis.down[:, :rank]  # [G, r, d]
+    return {
+        "keys.up": basis.up[:, :, :rank],
+        "keys.down.weight": (project @ weight).flatten(0, 1),
+        "keys.center": torch.einsum("grd,gd->gr", project, basis.mean),
+    }
+
+
+def latent_value_factors(attention: Attention, basis: Basis, rank: int) -> dict[str, Tensor]:
+    """Returns ``LatentValues``' parameters at ``rank`` by their names; W_O U per query head, and the mean as a bias."""
+    config = attention.config
+    weight = attention.v_proj.weight.detach().double().cpu().unflatten(0, (config.num_kv_heads, config.head_dim))
+    project = basis.down[:, :rank]
+    heads = output_heads(attention)
+    out = torch.einsum("ghod,gdr->oghr", heads, basis.up[:, :, :rank])
+    return {
+        "values.down.weight": (project @ weight).flatten(0, 1),
+        "values.out.weight": out.flatten(1),
+        "values.center": torch.einsum("grd,gd->gr", project, basis.mean),
+        # Latents are read without their center, so the layer's output owes the whole mean.
+        "values.bias": torch.einsum("ghod,gd->o", heads, basis.mean),
+    }

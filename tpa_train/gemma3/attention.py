@@ -1,0 +1,237 @@
+"""Attention of the original model, and the kernels that every form of attention in the toolkit runs on.
+
+Softmax is always a library's: flash attention over variable-length documents on CUDA, PyTorch's SDPA elsewhere. No
+path builds an [L, L] mask where a window will do: local layers run on W × 2W bands.
+
+A subclass changes what one token writes into the cache and how keys and values come out of it (``write`` and
+``read``); everything else here serves all forms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpa_train.gemma3.config import Gemma3Config, LayerKind
+from tpa_train.gemma3.layers import Linear, RMSNorm, apply_rotary, rotary_table
+
+if TYPE_CHECKING:
+    from tpa_train.gemma3.cache import KVCache
+
+try:  # torch ≥ 2.10; older versions and CPUs use the SDPA path below
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover - depends on the installed torch
+    varlen_attn = None
+
+RotaryTable = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Documents:
+    """Which document every token of a packed batch belongs to; attention never crosses a document's edge.
+
+    ``ids``: int [B, L], constant inside a document and different in neighbouring ones.
+    """
+
+    ids: Tensor
+    cu_seqlens: Tensor = field(init=False)  # int32 [documents + 1], offsets in the flattened [B·L] tokens
+
+    def __post_init__(self) -> None:
+        batch, length = self.ids.shape
+        starts = torch.ones_like(self.ids, dtype=torch.bool)
+        starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
+        first = starts.flatten().nonzero().flatten()
+        self.cu_seqlens = torch.cat((first, first.new_tensor([batch * length]))).to(torch.int32)
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Returns (row, start, end) of every document, on the host."""
+        length = self.ids.shape[1]
+        edges = self.cu_seqlens.tolist()
+        return [(a // length, a % length, a % length + (b - a)) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@dataclass
+class AttentionContext:
+    """What one forward pass shares between its layers."""
+
+    config: Gemma3Config
+    positions: Tensor  # int [B or 1, L], RoPE positions of the new tokens
+    documents: Documents | None = None
+    cache: "KVCache | None" = None
+    rotary: dict[LayerKind, RotaryTable] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in set(self.config.layer_kinds):
+            self.rotary[kind] = rotary_table(self.config, kind, self.positions)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, documents: Documents | None = None
+) -> Tensor:
+    """Causal attention of a whole sequence on itself.
+
+    Args:
+        q: [B, L, H, d]; k: [B, L, G, d]; v: [B, L, G, e] with e ≤ d (latent values are narrower than keys).
+        scale: multiplies the scores.
+        window: a query sees itself and the ``window - 1`` tokens before it; None for all.
+        documents: packed documents that must not see each other.
+
+    Returns:
+        [B, L, H, e].
+    """
+    length, value_dim = q.shape[1], v.shape[-1]
+    if window is not None and window >= length:
+        window = None
+    if value_dim < k.shape[-1]:  # flash kernels want equal head sizes; zero columns cost less than the math kernel
+        v = F.pad(v, (0, k.shape[-1] - value_dim))
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        out = _attend_varlen(q, k, v, scale, window, documents)
+    elif window is not None:
+        out = _attend_banded(q, k, v, scale, window, documents)
+    elif documents is not None and len(documents.cu_seqlens) > q.shape[0] + 1:
+        out = _attend_segments(q, k, v, scale, documents)
+    else:
+        out = _sdpa(q, k, v, scale, is_causal=True)
+    return out[..., :value_dim]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """SDPA on [B, L, heads, d] tensors; ``mask`` broadcasts to [B, H, L, S], True where attention is allowed."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
+    """Flash attention over the flattened tokens, one sequence per document."""
+    batch, length, heads, dim = q.shape
+    if documents is None:
+        edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+    else:
+        edges = documents.cu_seqlens
+    if k.shape[2] != heads:  # expand is free; the kernels of torch 2.10 have no enable_gqa
+        k = k.repeat_interleave(heads // k.shape[2], dim=2)
+        v = v.repeat_interleave(heads // v.shape[2], dim=2)
+    flat = [t.reshape(batch * length, heads, dim) for t in (q, k, v)]
+    left = -1 if window is None else window - 1
+    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0))
+    return out.view(batch, length, heads, dim)
+
+
+def _attend_segments(q, k, v, scale, documents: Documents) -> Tensor:
+    """One SDPA call per document: less work than a masked one, and no mask."""
+    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
+    for row, start, end in documents.segments():
+        part = (slice(row, row + 1), slice(start, end))
+        rows[row].append(_sdpa(q[part], k[part], v[part], scale, is_causal=True))
+    return torch.cat([torch.cat(parts, dim=1) for parts in rows], dim=0)
+
+
+def _attend_banded(q, k, v, scale, window: int, documents: Documents | None) -> Tensor:
+    """Sliding window as blocks of W queries on the 2W keys that they can reach."""
+    batch, length, heads, dim = q.shape
+    blocks = -(-length // window)
+    pad = blocks * window - length
+
+    def split(x: Tensor) -> Tensor:  # [B, L, n, d] -> [B, blocks, W, n, d]
+        return F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))
+
+    def with_previous(x: Tensor) -> Tensor:  # [B, blocks, W, ...] -> [B·blocks, 2W, ...]
+        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        return torch.cat((previous, x), dim=2).flatten(0, 1)
+
+    query = torch.arange(window, device=q.device)[:, None] + window
+    key = torch.arange(2 * window, device=q.device)[None, :]
+    band = (key <= query) & (key > query - window)
+    mask = band.expand(blocks, window, 2 * window).clone()
+    mask[0, :, :window] = False  # the block before the first does not exist
+    mask = mask[None].expand(batch, -1, -1, -1)
+    if documents is not None:
+        ids = F.pad(documents.ids, (0, pad), value=-1).unflatten(1, (blocks, window))
+        same = ids.flatten(0, 1)[:, :, None] == with_previous(ids)[:, None, :]
+        mask = mask & same.unflatten(0, (batch, blocks))
+    out = _sdpa(
+        split(q).flatten(0, 1), with_previous(split(k)), with_previous(split(v)), scale, mask.flatten(0, 1)[:, None]
+    )
+    return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+
+
+class Attention(nn.Module):
+    """Gemma 3's grouped-query attention with QK-norm; the base of every factorized form.
+
+    Args:
+        config: the model's sizes.
+        layer: this layer's index, which decides between sliding window and global attention.
+    """
+
+    def __init__(self, config: Gemma3Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.kind: LayerKind = config.layer_kinds[layer]
+        self.window = None if config.is_global(layer) else config.sliding_window
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self._build_key_value()
+
+    def _build_key_value(self) -> None:
+        config = self.config
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
+
+    def queries(self, x: Tensor, rotary: RotaryTable) -> Tensor:
+        """Returns normalised, rotated queries [B, L, H, d] in the projections' dtype."""
+        q = self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        return apply_rotary(self.q_norm(q), rotary).to(q.dtype)
+
+    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Returns what the tokens ``x`` [B, L, D] put into the cache: rotated keys and values, each [B, L, G, d]."""
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        k, v = (proj(x).unflatten(-1, shape) for proj in (self.k_proj, self.v_proj))
+        return apply_rotary(self.k_norm(k), rotary).to(k.dtype), v
+
+    def read(self, k_entry: Tensor, v_entry: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Returns keys [B, S, G, d] and values [B, S, G, e] from cached entries; ``rotary`` is that of their tokens."""
+        return k_entry, v_entry
+
+    def storage(self) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Returns shape and dtype (None: the cache's) of every tensor that one token puts into the cache."""
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        return [(shape, None), (shape, None)]
+
+    def as_cached(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns ``entries`` as a cache would give them back, differentiably; the same where nothing is rounded."""
+        return entries
+
+    def pack(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Returns what the cache stores of ``write``'s entries, one tensor per item of ``storage``."""
+        return entries
+
+    def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the entries that ``pack`` stored."""
+        return tuple(t.to(dtype) for t in stored)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Projects attention results [B, L, H, e] to the residual stream [B, L, D]."""
+        return self.o_proj(heads.flatten(-2))
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Attends over ``x`` [B, L, D] (and, with a cache, over everything before it); returns [B, L, D]."""
+        rotary = context.rotary[self.kind]
+        q = self.queries(x, rotary)
+        entries = self.write(x, rotary)
+        if context.cache is None:
+            k, v = self.read(*self.as_cached(entries), rotary)
+            return self.output(attend(q, k, v, self.config.scale, self.window, context.documents))
+        view = context.cache.update(self.layer, self.pack(entries))
+        k, v = self.read(*self.unpack(view.stored, q.dtype), view.rotary)
+        if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies
+            return self.output(attend(q, k, v, self.config.scale, self.window))
+        return self.output(_sdpa(q, k, v, self.config.scale, view.mask))

@@ -1,0 +1,95 @@
+"""Group-wise asymmetric quantization of cached numbers: 8 or 4 bits, groups of 32 with a 16-bit scale and minimum.
+
+The cache stores ``encode``'s output and reads ``decode``'s; training and the full forward see exactly the same
+numbers through ``fake_quantize``, with the straight-through gradient (arXiv:1308.3432).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpa_train.errors import UserError
+
+GROUP = 32  # numbers that share a scale and a minimum
+BITS = (16, 8, 4)  # 16: stored in the cache's own floating-point type
+SCALE_BYTES = 2 * 2  # of one group: scale and minimum in float16
+
+
+def check_bits(bits: int) -> None:
+    """Raises UserError unless ``bits`` is a width that the cache can store."""
+    if bits not in BITS:
+        raise UserError(f"cache bits must be one of {', '.join(map(str, BITS))}, not {bits}.")
+
+
+def entry_bytes(count: int, bits: int) -> int:
+    """Returns the bytes that ``count`` numbers of one KV head take, scales and padding of the last byte counted."""
+    if bits == 16:
+        return 2 * count
+    return -(-count * bits // 8) + SCALE_BYTES * -(-count // GROUP)
+
+
+def stored_shapes(count: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the trailing shapes of the codes (uint8) and of the scales (float16) of ``count`` numbers."""
+    return (-(-count * bits // 8),), (-(-count // GROUP), 2)
+
+
+def _grouped(x: Tensor) -> Tensor:
+    """[..., n] -> [..., groups, GROUP]; the last group is filled with its own last number, which moves no bound."""
+    missing = -x.shape[-1] % GROUP
+    if missing:
+        x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], missing)), dim=-1)
+    return x.unflatten(-1, (-1, GROUP))
+
+
+def _bounds(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns scale and minimum [..., groups], as they are once stored in float16."""
+    low = groups.amin(-1).clamp(-6e4, 6e4).to(torch.float16)
+    span = groups.amax(-1) - low.to(groups.dtype)
+    scale = (span / (2**bits - 1)).clamp(6e-8, 6e4).to(torch.float16)
+    return scale, low
+
+
+def _codes(groups: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+    steps = (groups - low.to(groups.dtype)[..., None]) / scale.to(groups.dtype)[..., None]
+    return steps.round().clamp(0, 2**bits - 1)
+
+
+def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantizes the last dimension of ``x`` [..., n].
+
+    Returns:
+        codes uint8 [..., ⌈n·bits/8⌉] (two 4-bit codes a byte, the even one low) and scales float16 [..., ⌈n/32⌉, 2]
+        (scale, minimum).
+    """
+    count = x.shape[-1]
+    groups = _grouped(x.float())
+    scale, low = _bounds(groups, bits)
+    codes = _codes(groups, scale, low, bits).to(torch.uint8).flatten(-2)[..., :count]
+    if bits == 4:
+        codes = F.pad(codes, (0, count % 2))
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes, torch.stack((scale, low), dim=-1)
+
+
+def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Returns the ``count`` numbers [..., n] that ``encode`` stored, in ``dtype``."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :count]
+    groups = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).float()
+    scale, low = scales.float().unbind(-1)
+    return (groups * scale[..., None] + low[..., None]).flatten(-2)[..., :count].to(dtype)
+
+
+def fake_quantize(x: Tensor, bits: int) -> Tensor:
+    """Returns what a cache of ``bits`` would give back for ``x`` [..., n]; the gradient passes straight through."""
+    if bits == 16:
+        return x
+    with torch.no_grad():
+        groups = _grouped(x.float())
+        scale, low = _bounds(groups, bits)
+        codes = _codes(groups, scale, low, bits)
+        rounded = codes * scale.float()[..., None] + low.float()[..., None]
+        rounded = rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
