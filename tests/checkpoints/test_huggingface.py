@@ -177,6 +177,9 @@ def test_tokenizer_and_chat_template(tokenizer, tmp_path):
         ({"hidden_size": 32}, "shape"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"head_dim": "many"}, "many"),
+        ({"num_key_value_heads": 0}, "ZeroDivision"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "factor"),
+        ({"rope_parameters": [1]}, "config.json"),
     ],
 )
 def test_configurations_that_are_not_gemma_3_are_refused(change, message, tmp_path):

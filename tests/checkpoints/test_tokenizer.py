@@ -15,6 +15,7 @@ from tpa_train.checkpoints import open_checkpoint
 from tpa_train.errors import UserError
 from tpa_train.gemma3.tokenizer import StreamDecoder, Tokenizer
 
+
 def pieces(tokenizer, text, bos=False):
     return [tokenizer._sp.id_to_piece(i) for i in tokenizer.encode(text, bos)]
 
@@ -96,8 +97,8 @@ def documents(count: int) -> list[str]:
     texts = [p.read_text(encoding="utf-8", errors="replace")[:12_000] for p in stdlib][: count // 2]
     texts += list(pydoc_data.topics.topics.values())[: count // 4]
     parts = ["<bos>", "<eos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<table>", "<unused7>", "[multimodal]", " ",
-             "  ", " " * 9, "\n", "\n" * 40, "\t\t", "▁", "é", "日本語", "🙂", "👩‍👩‍👧", "\x00", "\ufeff", "e\u0301", "word",
-             " world", "4567.89", "<", ">", "\r\n", "\u200b", "\u00a0", "a" * 50, "<0x0A>"]  # fmt: skip
+             "  ", " " * 9, "\n", "\n" * 40, "\t\t", "▁", "é", "日本語", "🙂", "👩‍👩‍👧", "\x00", "\ufeff", "e\u0301",
+             "word", " world", "4567.89", "<", ">", "\r\n", "\u200b", "\u00a0", "a" * 50, "<0x0A>"]  # fmt: skip
     rng = random.Random(0)
     texts += ["".join(rng.choices(parts, k=40)) for _ in range(count - len(texts))]
     return [re.sub("[ ▁]{32,}", lambda run: run[0][:31], text) for text in texts]

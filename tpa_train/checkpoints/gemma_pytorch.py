@@ -102,7 +102,7 @@ def _load(path: Path) -> Mapping[str, Tensor]:
         # weights_only: nothing in the file gets to run. mmap: tensors stay on disk until each is copied.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds Python objects other than tensors, which could run code.") from error
+        raise UserError(f"{path} is refused: it holds more than tensors, and that could run code.") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged, cut short, or not a PyTorch checkpoint.") from error
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tpa_train.checkpoints.weights import Checkpoint, Source, Weight, vocabulary_rows
+from tpa_train.checkpoints.weights import Checkpoint, Source, Weight, naming, vocabulary_rows
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import Tokenizer
@@ -69,10 +69,12 @@ def open_huggingface(folder: Path) -> Checkpoint:
         _check_tied(folder, head, embedding)
     vocabulary = vocabulary_rows(embedding.shape[0])
     weights["embed_tokens.weight"] = embedding.rows(vocabulary)
+    with naming(folder / "config.json"):
+        config = read_config(folder / "config.json", text, vocabulary)
     multimodal = " (text part of a multimodal checkpoint)" if skipped else ""
     return Checkpoint(
         source=Source(folder, "huggingface", f"Hugging Face safetensors{multimodal}", False, tuple(skipped)),
-        config=read_config(folder / "config.json", text, vocabulary),
+        config=config,
         weights=weights,
         tokenizer=_tokenizer(folder),
         unknown=tuple(unknown),
@@ -88,7 +90,8 @@ def read_config(path: Path, text: dict[str, Any], vocabulary: int) -> Gemma3Conf
         vocabulary: rows of the embedding that are kept.
 
     Raises:
-        UserError: an option is set that Gemma 3 does not have, or a value has the wrong type.
+        UserError: an option is set that Gemma 3 does not have.
+        ValueError, TypeError, KeyError: a value is of the wrong type or missing (``naming`` turns these around).
     """
     for key in _MUST_BE_OFF:
         if text.get(key):
@@ -103,26 +106,23 @@ def read_config(path: Path, text: dict[str, Any], vocabulary: int) -> Gemma3Conf
 
     theta, local_theta, factor = _rope(path, text)
     layers = int(get("num_hidden_layers"))
-    try:
-        return Gemma3Config(
-            vocab_size=vocabulary,
-            hidden_size=int(get("hidden_size")),
-            num_layers=layers,
-            num_heads=int(get("num_attention_heads")),
-            num_kv_heads=int(get("num_key_value_heads")),
-            head_dim=int(get("head_dim")),
-            intermediate_size=int(get("intermediate_size")),
-            sliding_window=int(get("sliding_window")),
-            query_pre_attn_scalar=float(get("query_pre_attn_scalar")),
-            rope_theta=theta,
-            rope_local_theta=local_theta,
-            rope_scaling_factor=factor,
-            rms_norm_eps=float(get("rms_norm_eps")),
-            max_context=int(get("max_position_embeddings")),
-            layer_kinds=_layer_kinds(path, text, layers),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+    return Gemma3Config(
+        vocab_size=vocabulary,
+        hidden_size=int(get("hidden_size")),
+        num_layers=layers,
+        num_heads=int(get("num_attention_heads")),
+        num_kv_heads=int(get("num_key_value_heads")),
+        head_dim=int(get("head_dim")),
+        intermediate_size=int(get("intermediate_size")),
+        sliding_window=int(get("sliding_window")),
+        query_pre_attn_scalar=float(get("query_pre_attn_scalar")),
+        rope_theta=theta,
+        rope_local_theta=local_theta,
+        rope_scaling_factor=factor,
+        rms_norm_eps=float(get("rms_norm_eps")),
+        max_context=int(get("max_position_embeddings")),
+        layer_kinds=_layer_kinds(path, text, layers),
+    )
 
 
 def _text_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ comes. Everything that can be wrong with weights is checked here, once, for all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,18 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
     unknown: tuple[str, ...] = field(default=())
     """Names in the file that the adapter could not place; a model that ignored them would not be the one saved."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns whatever a nonsensical configuration value sets off into a ``UserError`` that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
+        detail = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} has a configuration that is not Gemma 3's ({detail}).") from error
 
 
 def vocabulary_rows(rows: int) -> int:

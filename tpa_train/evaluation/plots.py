@@ -53,12 +53,10 @@ def plot_quality(path: str | Path, stages: Sequence[StageResult]) -> Path:
     with plt.rc_context(STYLE):
         panels = 3 if copies else 2
         figure, axes = plt.subplots(1, panels, figsize=(3.4 * panels, 3.2), layout="constrained")
-        bars = axes[0].bar(names, [s.kl for s in students], color=BLUE, width=0.6)
-        axes[0].bar_label(bars, fmt="%.3g", padding=2)
+        _labelled_bars(axes[0], names, [s.kl for s in students], BLUE, "{:.3g}")
         axes[0].set_title("KL(teacher ‖ student), nats")
 
-        bars = axes[1].bar(names, [s.perplexity for s in students], color=ORANGE, width=0.6)
-        axes[1].bar_label(bars, fmt="%.4g", padding=2)
+        _labelled_bars(axes[1], names, [s.perplexity for s in students], ORANGE, "{:.4g}")
         axes[1].set_title("Perplexity")
         reference = teacher.perplexity if teacher else students[0].teacher_perplexity if students else math.nan
         if math.isfinite(reference):
@@ -242,6 +240,12 @@ def read_losses(path: str | Path, column: str | None = None) -> Curve | None:
         return None
     points = [(float(r.get("step") or i), float(r[column])) for i, r in enumerate(rows) if r.get(column)]
     return ([p[0] for p in points], [p[1] for p in points]) if points else None
+
+
+def _labelled_bars(axis: Any, names: Sequence[str], values: Sequence[float], color: str, form: str) -> None:
+    """Bars with their values on top; one that is not finite has no height, and its label says what it is."""
+    bars = axis.bar(names, [v if math.isfinite(v) else 0.0 for v in values], color=color, width=0.6)
+    axis.bar_label(bars, [form.format(v) for v in values], padding=2)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -214,8 +214,8 @@ def what_was_lost(stages: Sequence[StageResult]) -> list[str]:
     lines = [
         f"Perplexity on held-out text is {last.perplexity:.4g} against the teacher's {last.teacher_perplexity:.4g} "
         + (f"({(ratio - 1):+.1%})." if ratio < 2 else f"({ratio:.1f} times as high)."),
-        f"At {last.top1:.1%} of the tokens both rank the same token first; a greedy text will leave the teacher's "
-        f"after about {_first_difference(last.top1)}. The KL divergence is {last.kl:.3f} nats a token.",
+        f"At {last.top1:.1%} of the tokens both rank the same token first{_one_in(1 - last.top1)}. "
+        f"The KL divergence is {last.kl:.3f} nats a token.",
     ]
     students = [stage for stage in stages if stage.name != "teacher"]
     if len(students) > 1 and students[0].kl > 0:
@@ -258,9 +258,8 @@ def _worst_position(stage: StageResult) -> str:
     )
 
 
-def _first_difference(top1: float) -> str:
-    """Expected tokens until two greedy texts part, if agreement were independent of position."""
-    return "many tokens" if top1 > 0.999 else f"{max(1, round(1 / (1 - top1)))} tokens"
+def _one_in(share: float) -> str:
+    return f"; one in {round(1 / share):,} differs" if 0 < share < 0.4 else ""
 
 
 def model_card(report: Report, base_model: str | None = None, license_name: str = "gemma") -> str:

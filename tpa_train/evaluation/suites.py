@@ -1,6 +1,6 @@
 """What is measured after each stage: teacher and student on the same held-out rows, copy texts and prompts.
 
-    B rows · L tokens of a row · D hidden size · C copied tokens
+B rows · L tokens of a row · D hidden size · C copied tokens
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from tpa_train.distillation.losses import linear_kl
 from tpa_train.factorization.latent import Basis, latent_key_factors, latent_value_factors
+from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
@@ -43,14 +44,15 @@ def layer_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: Laye
 def build_student(model: Gemma3ForCausalLM, bases: Bases, specs: list[LayerSpec]) -> Gemma3ForMultimodalLMwithTPA:
     """Returns a model in which the layers follow ``specs`` and everything else is shared with ``model``.
 
-    Factors are stored in the model's own dtype, on its device.
+    Factors are float32 (or wider), since they are about to be trained, on the model's device.
     """
     weight = model.embed_tokens.weight
+    dtype = accumulation_dtype(weight.dtype)
     factors: dict[str, Tensor] = {}
     for layer, spec in enumerate(specs):
         if spec.converted:
             factors |= layer_factors(model, bases, layer, spec)
-    factors = {name: t.to(device=weight.device, dtype=weight.dtype) for name, t in factors.items()}
+    factors = {name: t.to(device=weight.device, dtype=dtype) for name, t in factors.items()}
     return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors)
 
 

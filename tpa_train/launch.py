@@ -1,0 +1,357 @@
+"""One run of ``scripts/train.py``: stages in order, measured after each, recorded so that a stopped run goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from tpa_train.checkpoints.export import export_model
+from tpa_train.distillation.modules import LayerwiseModule
+from tpa_train.errors import UserError
+from tpa_train.evaluation.plots import read_losses
+from tpa_train.evaluation.report import Report, model_card, write_report
+from tpa_train.evaluation.suites import (
+    CacheReport,
+    Evaluator,
+    StageResult,
+    cache_report,
+    greedy_samples,
+    layer_rows,
+)
+from tpa_train.interrupts import Interrupted, InterruptHandler, SaveAndStop
+from tpa_train.pipeline import (
+    Session,
+    StageCost,
+    check_against_model,
+    factorize_model,
+    load_trained,
+    model_path,
+    recover,
+    student_factors,
+)
+from tpa_train.runs import RunFolder, default_folder
+from tpa_train.settings import RunSettings
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
+from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs, specs_to_dicts
+from tpa_train.trainers import make_loggers
+
+REPORTED_AS = {"factorize": "factorized", "layerwise": "layerwise", "distill": "distilled"}
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "A dictionary in Python maps",
+)
+
+
+class Run:
+    """A run in its folder.
+
+    Args:
+        settings: checked here before anything is written.
+        command: as the user typed it; goes into the report.
+        out: print function (rank zero only).
+
+    Raises:
+        UserError: the settings, the folder or the model are at fault.
+    """
+
+    def __init__(self, settings: RunSettings, command: str) -> None:
+        path = Path(settings.run_dir) if settings.run_dir else default_folder(settings)
+        settings.run_dir = str(path)
+        self.settings, self.command = settings, command
+        self.folder = RunFolder(path, settings.resume)
+        self.session = Session(settings, path / "logs")
+        self.handler = InterruptHandler()
+        self.student: Gemma3ForMultimodalLMwithTPA | None = None
+        self.results = [StageResult(**stage) for stage in self.folder.progress["stages"]]
+
+    def execute(self) -> Path:
+        """Runs what is left to do and returns the path of report.md.
+
+        Raises:
+            Interrupted: a signal came; everything finished is saved, and training up to the last step.
+            UserError: see the message.
+        """
+        self._load()
+        with self.handler.installed():
+            self._measure("teacher", None, StageCost(0, 0.0, 0.0))
+            self._factorize()
+            for stage in self.settings.recipe.stages[1:]:
+                if self.session.steps(stage) > 0:
+                    self._recover(stage)
+            return self._finish()
+
+    # ---------------------------------------------------------------------------------------------------- preparation
+
+    def _load(self) -> None:
+        """Reads the model, checks everything against it, and only then creates the folder."""
+        start = time.perf_counter()
+        say(f"loading {model_path(self.settings)}")
+        teacher = self.session.teacher
+        check_against_model(self.settings, teacher.config)
+        say(f"  {teacher.source.description}, loaded in {time.perf_counter() - start:.1f} s")
+        self.session.data  # noqa: B018 - packs the text; empty data is refused here
+        self._evaluator = self._make_evaluator()
+        self.folder.start(self.settings, self.command)
+        say(self.banner())
+
+    def banner(self) -> str:
+        """Returns what will run, on what, and for how many tokens."""
+        s, config = self.settings, self.session.config
+        dense = cache_bytes(config, dense_specs(config), s.budget.context)
+        lines = [
+            "",
+            f"  recipe      {s.recipe.name}: {' → '.join(s.recipe.stages)} → export",
+            f"  model       {s.model.path or s.model.name}: {config.num_layers} layers "
+            f"({config.layer_kinds.count('global')} global), D {config.hidden_size}, "
+            f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}",
+            f"  cache       {dense / 2**20:.1f} MiB a sequence at {s.budget.context:,} tokens → at most "
+            f"{dense / s.budget.cache_ratio / 2**20:.1f} MiB (÷{s.budget.cache_ratio:g}, {s.budget.bits} bits)",
+            f"  machine     {self.session.machine.describe()}",
+            f"  training    {self._plan()}",
+            f"  evaluation  {s.evaluation.tokens:,} held-out tokens at {s.evaluation.context:,}, copy "
+            f"{', '.join(map(str, s.evaluation.copy)) or 'none'}, after every stage",
+            f"  time        {self._expected_time()}",
+            f"  run folder  {self.folder.path}",
+            "",
+        ]
+        return "\n".join(lines)
+
+    def _plan(self) -> str:
+        context, batch = self.settings.trainer.context, self.settings.trainer.batch_size
+        stages = [
+            f"{stage} {getattr(self.settings.recipe, stage).tokens:,} tokens in {self.session.steps(stage)} steps"
+            for stage in self.settings.recipe.stages[1:]
+        ]
+        return f"{'; '.join(stages) or 'none'} (rows of {context} × {batch})"
+
+    def _expected_time(self) -> str:
+        """A rough estimate from one measured forward pass of the layers on this machine."""
+        session, recipe = self.session, self.settings.recipe
+        ids = session.data.train_dataset[0]["token_ids"][None, :1024].to(session.machine.device)
+        model = session.teacher
+        with torch.no_grad(), session.machine.autocast():
+            for _ in range(2):  # the first one warms up
+                start = time.perf_counter()
+                model.run_layers(model.embed(ids), model.context(ids))
+                if session.machine.device.type == "cuda":
+                    torch.cuda.synchronize()
+        per_token = (time.perf_counter() - start) / ids.shape[1]
+        body = sum(p.numel() for n, p in model.named_parameters() if n.startswith("layers."))
+        head = model.head_weight.numel() / body  # the head's cost beside the layers'
+        evaluation = self.settings.evaluation
+        measured = evaluation.tokens * (1 + 4 * head) + evaluation.copy_count * sum(
+            2 * c + (evaluation.copy_tokens or c) * head for c in evaluation.copy
+        )
+        layerwise = recipe.layerwise.tokens if "layerwise" in recipe.stages else 0
+        distill = recipe.distill.tokens if "distill" in recipe.stages else 0
+        work = (
+            (1 + len(recipe.stages)) * measured
+            + recipe.calibration.tokens * 2
+            + 6 * recipe.calibration.sensitivity_tokens
+            + 1.3 * layerwise
+            + distill * (3.5 + 4 * head / recipe.distill.kl_every)
+        )
+        minutes = per_token * work / 60
+        devices = self.settings.trainer.devices
+        if isinstance(devices, int):
+            minutes /= devices * self.settings.trainer.num_nodes
+        return f"about {max(1, round(minutes))} minutes, judged by one forward pass"
+
+    def _make_evaluator(self) -> Evaluator:
+        s = self.settings.evaluation
+        data = self.session.data
+        # Joined documents: a row of 8K tokens is to show 8K tokens of context.
+        rows = data.heldout_rows(s.tokens, s.context, join_documents=True)
+        copies = {c: data.copy_texts(c, s.copy_count) for c in s.copy}
+        return Evaluator(
+            self.session.teacher, rows, copies, autocast=self.session.machine.autocast, max_copy_tokens=s.copy_tokens
+        )
+
+    # --------------------------------------------------------------------------------------------------------- stages
+
+    def _done(self, name: str) -> bool:
+        return any(result.name == name for result in self.results)
+
+    def _measure(self, name: str, student: Any, cost: StageCost) -> None:
+        """Evaluates a finished stage and records it; a stage that was recorded before is not measured again."""
+        if self._done(name):
+            return
+        result = self._evaluator.evaluate(student, name, cost.tokens, round(cost.seconds, 2))
+        self.results.append(result)
+        costs = self.folder.progress.get("costs", {})
+        costs[name] = {
+            "tokens": cost.tokens, "seconds": cost.seconds, "tokens_per_second": cost.tokens_per_second,
+            "peak_gib": cost.peak_gib,
+        }  # fmt: skip
+        self.folder.record(stages=[r.to_dict() for r in self.results], costs=costs)
+        copies = ", ".join(f"{c}: {a:.3f}" for c, a in result.copy_accuracy.items())
+        say(
+            f"{name:>10}  perplexity {result.perplexity:.3f} (teacher {result.teacher_perplexity:.3f})  "
+            f"KL {result.kl:.4f}  top-1 {result.top1:.4f}" + (f"  copy {copies}" if copies else "")
+        )
+
+    def _factorize(self) -> None:
+        factors = self.folder.load_tensors("factors", self.session.machine.device)
+        if factors is not None and "specs" in self.folder.progress:
+            specs = [LayerSpec(**spec) for spec in self.folder.progress["specs"]]
+            self.student = Gemma3ForMultimodalLMwithTPA.from_dense(self.session.teacher, specs, factors)
+            cost = StageCost(**self.folder.progress["factorize_cost"])
+        else:
+            self.student, cost, measured = factorize_model(self.session)
+            self.folder.save_tensors("factors", student_factors(self.student))
+            self.folder.record(
+                specs=specs_to_dicts(self.student.specs), sensitivities=measured, factorize_cost=vars(cost)
+            )
+        say(self._rank_line())
+        self._measure("factorized", self.student, cost)
+
+    def _rank_line(self) -> str:
+        parts = [f"{i}: K {s.rank_k} V {s.rank_v}" for i, s in enumerate(self.student.specs) if s.converted]
+        return f"ranks by layer  {';  '.join(parts)}"
+
+    def _recover(self, stage: str) -> None:
+        name = REPORTED_AS[stage]
+        trained = self.folder.load_tensors(name, self.session.machine.device)
+        if trained is None:
+            cost = self._train(stage)
+        else:
+            load_trained(self.student, trained)
+            cost = StageCost(**self.folder.progress[f"{stage}_cost"])
+        self._measure(name, self.student, cost)
+
+    def _train(self, stage: str) -> StageCost:
+        checkpoint = self.folder.checkpoint(stage)
+        resumed = checkpoint if checkpoint.exists() else None
+        probe = self._layer_errors if stage == "layerwise" else None
+        if probe and resumed is None:
+            self.folder.record(layer_errors=probe("before"))
+        stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
+        with self.handler.deferred():
+            module, cost = recover(
+                self.session, self.student, stage, resumed,
+                make_loggers(self.settings.logger, self.folder.path / "logs", stage), [stop],
+            )  # fmt: skip
+            finished = module.global_step >= self.session.steps(stage)
+            spent = self.folder.progress.get(f"{stage}_spent", 0.0) + cost.seconds
+            self.folder.record(**{f"{stage}_spent": spent})
+            if finished:
+                cost = StageCost(cost.tokens, spent, cost.peak_gib)
+                self.folder.record(**{f"{stage}_cost": vars(cost)})
+                self.folder.save_tensors(REPORTED_AS[stage], module.trained_tensors())
+                checkpoint.unlink(missing_ok=True)
+        if probe:
+            self.folder.record(layer_errors=probe("after"))
+        return cost
+
+    def _layer_errors(self, moment: str) -> dict[str, list]:
+        """Measures each converted attention's output error on held-out rows; adds to what was measured before."""
+        rows = self.session.data.heldout_rows(self.settings.trainer.context * 2)
+        batch = {
+            key: torch.stack([rows[i][key] for i in range(len(rows))]).to(self.session.machine.device)
+            for key in ("token_ids", "document_ids")
+        }
+        settings = self.settings.recipe.layerwise
+        with torch.no_grad(), self.session.machine.autocast():
+            module = LayerwiseModule(self.session.teacher, self.student, settings, 1)
+            errors = {index: float(error) for index, error in module.layer_errors(batch).items()}
+        known = self.folder.progress.get("layer_errors", {})
+        return {**known, "layers": list(errors), moment: list(errors.values())}
+
+    # ------------------------------------------------------------------------------------------------------------ end
+
+    def _finish(self) -> Path:
+        progress, s = self.folder.progress, self.settings
+        if "samples" not in progress and s.evaluation.sample_tokens > 0:
+            samples = greedy_samples(
+                self.session.teacher, self.student, SAMPLE_PROMPTS, s.evaluation.sample_tokens,
+                self.session.machine.autocast,
+            )  # fmt: skip
+            self.folder.record(samples=samples)
+        report = self._report(cache_report(self.session.teacher, self.student, s.budget.context))
+        export = self.folder.path / "export"
+        if rank_zero_only.rank == 0:
+            if not export.exists():
+                export_model(
+                    self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
+                    check_ids=self.session.data.heldout_rows(512, min(512, s.trainer.context))[0]["token_ids"][None],
+                )  # fmt: skip
+            written = write_report(self.folder.path, report)
+            say(f"\nreport  {written}\nexport  {export}")
+        return self.folder.path / "report.md"
+
+    def _report(self, cache: CacheReport) -> Report:
+        s, progress = self.settings, self.folder.progress
+        logs = self.folder.path / "logs"
+        return Report.of(
+            self.session.teacher,
+            model=s.model.path or s.model.name,
+            budget={"cache_ratio": s.budget.cache_ratio, "context": s.budget.context},
+            cache=cache,
+            stages=self.results,
+            layers=layer_rows(self.student),
+            command=progress.get("command", self.command),
+            evaluation={
+                "text": f"held-out part of data={s.data.kind}", "context": s.evaluation.context, "documents": "joined",
+            },
+            samples=progress.get("samples", []),
+            layer_errors=progress.get("layer_errors", {}),
+            losses={stage: curve for stage in s.recipe.stages[1:] if (curve := whole_curve(logs / stage))},
+            extra={
+                "costs": progress.get("costs", {}), "sensitivities": progress.get("sensitivities", {}),
+                "machine": self.session.machine.describe(), "settings": s_to_dict(s),
+            },
+        )  # fmt: skip
+
+
+def s_to_dict(settings: RunSettings) -> dict[str, Any]:
+    """Returns the settings as plain data."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(settings))
+
+
+def whole_curve(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Joins the loss curves of a stage's parts (a resumed run writes several), later parts replacing repeated steps."""
+    points: dict[float, float] = {}
+    for part in sorted(folder.glob("part*"), key=lambda p: int(p.name.removeprefix("part"))):
+        curve = read_losses(part / "metrics.csv")
+        if curve is not None:
+            points.update(zip(*curve, strict=True))
+    return (list(sorted(points)), [points[k] for k in sorted(points)]) if points else None
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``scripts/train.py``; returns the exit status.
+
+    Raises:
+        UserError: an option, a file or the model is at fault.
+    """
+    from tpa_train.recipes import compose, help_text
+
+    argv = sys.argv[1:] if argv is None else argv
+    if any(a in ("--help", "-h", "help") for a in argv):
+        print(help_text())
+        return 0
+    settings = compose(argv)
+    run = Run(settings, "python scripts/train.py " + shlex.join(argv))
+    try:
+        run.execute()
+    except Interrupted as stop:
+        say(f"\nstopped by {stop}; go on with: python scripts/train.py run_dir={run.folder.path} resume=true")
+        return stop.status
+    return 0
+
+
+__all__ = ["Run", "main", "UserError"]

@@ -1,0 +1,167 @@
+"""Everything a run can be told, as dataclasses: the schema that the composed recipe is checked against.
+
+The comment above a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpa_train.data.settings import DataSettings
+from tpa_train.distillation.modules import OptimizerSettings
+
+
+@dataclass
+class ModelSettings:
+    """Which pretrained model is converted."""
+
+    # packaged model that is found without a path (gemma3_270m)
+    name: str = "gemma3_270m"
+    # a .gguf file, a Hugging Face folder or a gemma_pytorch .ckpt; null finds the packaged model
+    path: str | None = None
+
+
+@dataclass
+class BudgetSettings:
+    """What the converted cache may cost, counted in bytes against the original's own windowed bfloat16 cache."""
+
+    # how many times smaller the cache must be
+    cache_ratio: float = 4.0
+    # tokens of context at which that is counted
+    context: int = 32_768
+    # width of every cached number of the converted layers: 16, 8 or 4 (group scales are counted)
+    bits: int = 8
+    # ranks are multiples of this
+    multiple: int = 8
+
+
+@dataclass
+class CalibrationSettings:
+    """The pass over text that the closed-form factors rest on."""
+
+    # tokens to calibrate on
+    tokens: int = 262_144
+    # tokens on which each truncated layer's effect on the output is measured
+    sensitivity_tokens: int = 8_192
+
+
+@dataclass
+class LayerwiseSettings(OptimizerSettings):
+    """First recovery stage: every converted attention reproduces the teacher's, layer by layer."""
+
+    # tokens to train on; 0 skips the stage
+    tokens: int = 1_638_400
+    lr_factors: float = 1e-3
+
+
+@dataclass
+class DistillSettings(OptimizerSettings):
+    """Second recovery stage: the whole model's next-token distribution is matched to the teacher's."""
+
+    # tokens to train on; 0 skips the stage
+    tokens: int = 16_777_216
+    lr_factors: float = 3e-4
+    lr_original: float = 3e-5
+    # which weights learn: factors, attention (of converted layers), above (all layers from the first converted one),
+    # all (everything but the embedding)
+    scope: str = "all"
+    # weight of the hidden-state loss at the first step; it decays linearly to zero
+    hidden_weight: float = 0.1
+    # share of the steps after which the hidden-state loss is gone
+    hidden_until: float = 0.5
+    # the output loss is taken at every so-many-th position; 1 uses all
+    kl_every: int = 1
+
+
+@dataclass
+class RecipeSettings:
+    """Which stages run, and how long each is."""
+
+    name: str = "distill"
+    # stages in order, out of: factorize, layerwise, distill
+    stages: list[str] = field(default_factory=lambda: ["factorize", "layerwise", "distill"])
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    layerwise: LayerwiseSettings = field(default_factory=LayerwiseSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+
+
+@dataclass
+class TrainerSettings:
+    """The machine: what runs where, in which precision, in which batches."""
+
+    # auto, cpu or gpu
+    accelerator: str = "auto"
+    # devices to use on each node: a number or "auto"
+    devices: Any = 1
+    num_nodes: int = 1
+    # auto or ddp (several processes)
+    strategy: str = "auto"
+    # auto, bf16 or float32; auto takes bf16 where the hardware has it
+    precision: str = "auto"
+    # tokens of a training row
+    context: int = 4096
+    # rows per device and step
+    batch_size: int = 4
+    # batches whose gradients are added up before an optimizer step
+    accumulate: int = 1
+    # compile the models' forward (CUDA)
+    compile: bool = False
+    # a checkpoint is written every so many minutes, besides the one at a signal
+    checkpoint_minutes: float = 5.0
+
+
+@dataclass
+class EvaluationSettings:
+    """What is measured after every stage, teacher beside student, on held-out text."""
+
+    # held-out tokens for perplexity, KL and top-1 agreement
+    tokens: int = 65_536
+    # tokens of a held-out row
+    context: int = 8192
+    # distances of the copy test, in tokens; those that the model's context cannot hold are refused
+    copy: list[int] = field(default_factory=lambda: [1000, 3500])
+    # texts per distance
+    copy_count: int = 4
+    # score about this many tokens of each copy; null scores all
+    copy_tokens: int | None = None
+    # tokens of each greedy sample continuation; 0 writes none
+    sample_tokens: int = 40
+
+
+@dataclass
+class ExportSettings:
+    """The inference folder at the end of a run."""
+
+    # auto keeps every weight as it was trained (float32 where it learned); or float32, bfloat16
+    dtype: str = "auto"
+
+
+@dataclass
+class LoggerSettings:
+    """Where training curves go; csv is always written, the report needs it."""
+
+    # csv, tensorboard, wandb or mlflow
+    kind: str = "csv"
+    # project name at the service, where it has projects
+    project: str = "tpa-train"
+
+
+@dataclass
+class RunSettings:
+    """One run of ``scripts/train.py``."""
+
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    # everything that the run writes; null makes runs/<model>-<recipe>-<time>
+    run_dir: str | None = None
+    # go on with the interrupted run in run_dir
+    resume: bool = False
+    # seeds data order, calibration and training
+    seed: int = 0

@@ -1,0 +1,172 @@
+"""The one place that knows about machines: devices, precision, strategies, loggers and Lightning's Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from tpa_train.errors import UserError, nearest
+from tpa_train.settings import LoggerSettings, TrainerSettings
+
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+
+
+@dataclass
+class Machine:
+    """Where a run computes and how precisely.
+
+    ``dtype``: of frozen weights; weights that learn are float32 and cast by ``autocast`` where dtype is bfloat16.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    settings: TrainerSettings
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager]:
+        """Makes the context manager that models run under outside of the Trainer."""
+        if self.dtype == torch.bfloat16:
+            return partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
+        return nullcontext
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{_threads()} CPU threads"
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}, {self.settings.devices} device(s)"
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gib(self) -> float:
+        """Returns peak memory in GiB: of the device since ``reset_peak``, or of the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere emulation is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def choose_machine(settings: TrainerSettings) -> Machine:
+    """Resolves ``auto`` to what this machine has.
+
+    Raises:
+        UserError: an accelerator was asked for and there is none, or an option has an unknown value.
+    """
+    for option, value, valid in (
+        ("accelerator", settings.accelerator, ("auto", "cpu", "gpu")),
+        ("precision", settings.precision, ("auto", "bf16", "float32")),
+        ("strategy", settings.strategy, ("auto", "ddp")),
+    ):
+        if value not in valid:
+            raise UserError(f"trainer.{option}={value} is unknown{nearest(value, valid)}")
+    has_gpu = torch.cuda.is_available()
+    if settings.accelerator == "gpu" and not has_gpu:
+        raise UserError("trainer=gpu was asked for, but PyTorch sees no CUDA device; use trainer=cpu.")
+    use_gpu = has_gpu and settings.accelerator != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and (use_gpu or cpu_has_bf16()))
+    return Machine(device, torch.bfloat16 if bf16 else torch.float32, settings)
+
+
+def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Logger]:
+    """Returns the csv logger, which reports are drawn from, and the one that was asked for.
+
+    Raises:
+        UserError: the logger is unknown or its package is not installed.
+    """
+    if settings.kind not in LOGGERS:
+        raise UserError(f"logger={settings.kind} is unknown{nearest(settings.kind, LOGGERS)}")
+    part = len(list((folder / stage).glob("part*")))  # a resumed run writes the next part: nothing is overwritten
+    loggers: list[Logger] = [CSVLogger(folder, name=stage, version=f"part{part}", flush_logs_every_n_steps=20)]
+    try:
+        if settings.kind == "tensorboard":
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(folder, name=stage, version=f"part{part}"))
+        elif settings.kind == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(project=settings.project, name=f"{folder.parent.name}-{stage}", save_dir=folder))
+        elif settings.kind == "mlflow":
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=f"{folder.parent.name}-{stage}"))
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger={settings.kind} needs a package: pip install {settings.kind}") from error
+    return loggers
+
+
+def make_trainer(
+    machine: Machine,
+    folder: Path,
+    steps: int | None = None,
+    loggers: list[Logger] | None = None,
+    callbacks: list[L.Callback] | None = None,
+) -> L.Trainer:
+    """Returns a Trainer for one stage.
+
+    Args:
+        machine: devices and precision.
+        folder: Lightning's root folder.
+        steps: optimizer steps; None for a pass that does not train (calibration).
+        loggers, callbacks: as given.
+    """
+    settings = machine.settings
+    quiet_lightning()
+    return L.Trainer(
+        accelerator="gpu" if machine.device.type == "cuda" else "cpu",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision="bf16-mixed" if machine.dtype == torch.bfloat16 else "32-true",
+        max_steps=steps if steps is not None else -1,
+        max_epochs=-1 if steps is not None else 1,
+        accumulate_grad_batches=settings.accumulate,
+        use_distributed_sampler=False,  # the data module's own sampler can resume
+        inference_mode=False,  # calibration differentiates attention
+        enable_checkpointing=False,  # SaveAndStop writes them, atomically
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        logger=loggers or False,
+        callbacks=[TQDMProgressBar(refresh_rate=1), *(callbacks or [])],
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+    )
+
+
+def quiet_lightning() -> None:
+    """Silences Lightning's advertisements; its errors stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*`isinstance.treespec.*",
+                    ".*Experiment logs directory.*", ".*lr_scheduler.step.*", ".*set_training_mode.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Seeds every generator that a stage may touch, and restores PyTorch's afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        L.seed_everything(seed, verbose=False)
+        yield
