@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tpa_train.checkpoints.export import export_model
-from tpa_train.distillation.modules import LayerwiseModule
 from tpa_train.errors import UserError
 from tpa_train.evaluation.plots import read_losses
 from tpa_train.evaluation.report import Report, model_card, write_report
@@ -31,6 +30,7 @@ from tpa_train.pipeline import (
     check_against_model,
     factorize_model,
     load_trained,
+    measure_layer_errors,
     model_path,
     recover,
     student_factors,
@@ -229,9 +229,9 @@ class Run:
     def _train(self, stage: str) -> StageCost:
         checkpoint = self.folder.checkpoint(stage)
         resumed = checkpoint if checkpoint.exists() else None
-        probe = self._layer_errors if stage == "layerwise" else None
-        if probe and resumed is None:
-            self.folder.record(layer_errors=probe("before"))
+        if stage == "layerwise" and resumed is None:
+            before = measure_layer_errors(self.session, self.student)
+            self.folder.record(layer_errors={"layers": list(before), "before": list(before.values())})
         stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
         with self.handler.deferred():
             module, cost = recover(
@@ -246,23 +246,10 @@ class Run:
                 self.folder.record(**{f"{stage}_cost": vars(cost)})
                 self.folder.save_tensors(REPORTED_AS[stage], module.trained_tensors())
                 checkpoint.unlink(missing_ok=True)
-        if probe:
-            self.folder.record(layer_errors=probe("after"))
+        if stage == "layerwise":
+            after = measure_layer_errors(self.session, self.student)
+            self.folder.record(layer_errors=self.folder.progress["layer_errors"] | {"after": list(after.values())})
         return cost
-
-    def _layer_errors(self, moment: str) -> dict[str, list]:
-        """Measures each converted attention's output error on held-out rows; adds to what was measured before."""
-        rows = self.session.data.heldout_rows(self.settings.trainer.context * 2)
-        batch = {
-            key: torch.stack([rows[i][key] for i in range(len(rows))]).to(self.session.machine.device)
-            for key in ("token_ids", "document_ids")
-        }
-        settings = self.settings.recipe.layerwise
-        with torch.no_grad(), self.session.machine.autocast():
-            module = LayerwiseModule(self.session.teacher, self.student, settings, 1)
-            errors = {index: float(error) for index, error in module.layer_errors(batch).items()}
-        known = self.folder.progress.get("layer_errors", {})
-        return {**known, "layers": list(errors), moment: list(errors.values())}
 
     # ------------------------------------------------------------------------------------------------------------ end
 

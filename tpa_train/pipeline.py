@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.data.datamodule import PackedDataModule
-from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule
+from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import Budget, allocate, layers_to_convert, validate_budget
 from tpa_train.factorization.calibration import Calibration, CalibrationModule
@@ -232,11 +232,21 @@ def factorize_model(session: Session) -> tuple[Gemma3ForMultimodalLMwithTPA, Sta
 # ------------------------------------------------------------------------------------------------------------ recovery
 
 
+def measure_layer_errors(session: Session, student: Gemma3ForMultimodalLMwithTPA) -> dict[int, float]:
+    """Returns each converted attention's output error on held-out rows (``distillation.modules.layer_errors``)."""
+    rows = session.data.heldout_rows(2 * session.data.context)
+    keys = ("token_ids", "document_ids")
+    batch = {k: torch.stack([rows[i][k] for i in range(len(rows))]).to(session.machine.device) for k in keys}
+    with torch.no_grad(), session.machine.autocast():
+        return {i: float(error) for i, error in layer_errors(session.teacher, student, batch).items()}
+
+
 def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, stage: str) -> RecoveryModule:
     """Returns the LightningModule of ``stage`` ("layerwise" or "distill") around ``student``."""
     recipe, steps = session.settings.recipe, session.steps(stage)
     if stage == "layerwise":
-        return LayerwiseModule(session.teacher, student, recipe.layerwise, steps)
+        errors = measure_layer_errors(session, student)
+        return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
     distill = recipe.distill
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,

@@ -52,7 +52,7 @@ class LayerwiseSettings(OptimizerSettings):
 
     # tokens to train on; 0 skips the stage
     tokens: int = 1_638_400
-    lr_factors: float = 1e-3
+    lr_factors: float = 1e-2
 
 
 @dataclass
@@ -61,7 +61,7 @@ class DistillSettings(OptimizerSettings):
 
     # tokens to train on; 0 skips the stage
     tokens: int = 16_777_216
-    lr_factors: float = 3e-4
+    lr_factors: float = 3e-3
     lr_original: float = 3e-5
     # which weights learn: factors, attention (of converted layers), above (all layers from the first converted one),
     # all (everything but the embedding)

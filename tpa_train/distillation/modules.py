@@ -31,12 +31,18 @@ SCOPES = ("factors", "attention", "above", "all")
 class OptimizerSettings:
     """Learning rates and schedule of one stage."""
 
-    lr_factors: float = 1e-3  # of the parameters that conversion introduced
-    lr_original: float = 1e-4  # of the original's weights, where they train
-    warmup: float = 0.05  # share of the steps with a rising rate
-    final_lr: float = 0.05  # share of the peak rate at the last step (cosine in between)
+    # of the factors, relative: each factor's rate is this times its root mean square, since factors differ in scale
+    lr_factors: float = 3e-3
+    # of the original's weights, where they train; absolute
+    lr_original: float = 1e-4
+    # share of the steps with a rising rate
+    warmup: float = 0.05
+    # share of the peak rate at the last step (a cosine in between)
+    final_lr: float = 0.05
+    # AdamW's decay rates
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # gradient norm
+    # largest gradient norm
+    clip: float = 1.0
 
 
 def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) -> list[str]:
@@ -56,6 +62,8 @@ def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) ->
 
     def learns(name: str) -> bool:
         layer = layer_of(name)
+        if name.endswith(".center"):  # where the quantizer's groups are centred: a constant of the data
+            return False
         if name in factors:
             return True
         if scope == "attention":
@@ -132,16 +140,19 @@ class RecoveryModule(L.LightningModule):
             )
         self._tokens = checkpoint["recovery"]["tokens"]
 
+    def learning_rates(self) -> dict[str, float]:
+        """Returns the peak learning rate of every parameter that learns."""
+        rates = {}
+        for name, tensor in self.trained_tensors().items():
+            size = float(tensor.float().square().mean().sqrt())
+            rates[name] = self.settings.lr_factors * size if name in self._factors else self.settings.lr_original
+        return rates
+
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters = dict(self.student.named_parameters())
-        groups = []
-        for label, rate, wanted in (
-            ("factors", self.settings.lr_factors, True),
-            ("original", self.settings.lr_original, False),
-        ):
-            members = [parameters[n] for n in self.trained if (n in self._factors) == wanted]
-            if members:
-                groups.append({"params": members, "lr": rate, "name": label})
+        parameters, members = dict(self.student.named_parameters()), {}
+        for name, rate in self.learning_rates().items():
+            members.setdefault(rate, []).append(parameters[name])
+        groups = [{"params": list_, "lr": rate} for rate, list_ in members.items()]
         optimizer = torch.optim.AdamW(
             groups, betas=tuple(self.settings.betas), weight_decay=0.0, fused=self.device.type == "cuda"
         )
@@ -168,35 +179,55 @@ class RecoveryModule(L.LightningModule):
         raise NotImplementedError
 
 
+def layer_errors(
+    teacher: Gemma3ForCausalLM, student: Gemma3ForMultimodalLMwithTPA, batch: dict[str, Tensor]
+) -> dict[int, Tensor]:
+    """Returns each converted attention's normalised output error when it is given the teacher's input.
+
+    The error is taken after the post-attention norm, which is what the residual stream receives: each token counts by
+    the direction of its update, not by its length.
+
+    Args:
+        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+    """
+    ids, layers = batch["token_ids"], student.converted_layers
+    with torch.no_grad(), capture_attention(teacher, layers) as records:
+        context = teacher.context(ids, batch.get("document_ids"))
+        teacher.run_layers(teacher.embed(ids), context, stop=layers[-1] + 1)
+    errors = {}
+    for index, record in records.items():
+        norm = teacher.layers[index].post_attention_layernorm
+        output = student.layers[index].self_attn(record.input, record.context)
+        errors[index] = normalised_error(norm(output), norm(record.output))
+    return errors
+
+
 class LayerwiseModule(RecoveryModule):
     """Every converted attention gets the teacher's input to its layer and must reproduce the teacher's output.
 
-    All layers learn in parallel, without the vocabulary and without the layers above the last converted one. The error
-    is taken after the post-attention norm, which is what the residual stream receives: each token counts by the
-    direction of its update, not by its length.
+    All layers learn in parallel, without the vocabulary and without the layers above the last converted one.
+
+    Args (beyond ``RecoveryModule``'s):
+        initial_errors: of each layer before the stage (``layer_errors``). Adam's steps do not shrink with the error, so
+            a layer that starts close gets rates smaller by the root of its error: its noise stays below what it has.
     """
 
     stage = "layerwise"
 
-    def __init__(self, teacher, student, settings: OptimizerSettings, total_steps: int) -> None:
+    def __init__(
+        self, teacher, student, settings: OptimizerSettings, total_steps: int, initial_errors: dict[int, float]
+    ) -> None:
         super().__init__(teacher, student, settings, "factors", total_steps)
-        self.converted = student.converted_layers
+        self.initial_errors = initial_errors
 
-    def layer_errors(self, batch: dict[str, Tensor]) -> dict[int, Tensor]:
-        """Returns the normalised output error of every converted layer, with gradients."""
-        ids = batch["token_ids"]
-        with torch.no_grad(), capture_attention(self.teacher, self.converted) as records:
-            context = self.teacher.context(ids, batch.get("document_ids"))
-            self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.converted[-1] + 1)
-        errors = {}
-        for index, record in records.items():
-            norm = self.teacher.layers[index].post_attention_layernorm
-            output = self.student.layers[index].self_attn(record.input, record.context)
-            errors[index] = normalised_error(norm(output), norm(record.output))
-        return errors
+    def learning_rates(self) -> dict[str, float]:
+        return {
+            name: rate * min(1.0, self.initial_errors[layer_of(name)]) ** 0.5
+            for name, rate in super().learning_rates().items()
+        }
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = self.layer_errors(batch)
+        errors = layer_errors(self.teacher, self.student, batch)
         return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
 
 

@@ -41,7 +41,7 @@ class LayerMoments:
     value_second: Tensor  # [G, d, d]
 
     @classmethod
-    def zeros(cls, config: Gemma3Config, device: torch.device | str = "cpu") -> "LayerMoments":
+    def zeros(cls, config: Gemma3Config, device: torch.device | str = "cpu") -> LayerMoments:
         g, d = config.num_kv_heads, config.head_dim
         shapes = ((g,), (g, d), (g, d, d), (g,), (g, d, d), (g,), (g, d), (g, d, d))
         return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
@@ -70,7 +70,7 @@ class Calibration:
         return flat | {"tokens": torch.tensor(self.tokens), "context": torch.tensor(self.context)}
 
     @classmethod
-    def from_tensors(cls, flat: dict[str, Tensor]) -> "Calibration":
+    def from_tensors(cls, flat: dict[str, Tensor]) -> Calibration:
         layers: dict[int, dict[str, Tensor]] = {}
         for name, tensor in flat.items():
             if "." in name:

@@ -65,7 +65,7 @@ class Basis:
     mean: Tensor  # [G, d], what the vectors are on average
 
     @classmethod
-    def from_metric(cls, second: Tensor, metric: Tensor, mean: Tensor) -> "Basis":
+    def from_metric(cls, second: Tensor, metric: Tensor, mean: Tensor) -> Basis:
         """Solves for all ranks at once, from C [G, d, d], M [G, d, d] and the mean [G, d]."""
         root, inverse = symmetric_power(metric, 0.5), symmetric_power(metric, -0.5)
         values, vectors = torch.linalg.eigh(root @ (0.5 * (second + second.mT)) @ root)

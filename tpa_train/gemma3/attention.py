@@ -61,7 +61,7 @@ class AttentionContext:
     config: Gemma3Config
     positions: Tensor  # int [B or 1, L], RoPE positions of the new tokens
     documents: Documents | None = None
-    cache: "KVCache | None" = None
+    cache: KVCache | None = None
     rotary: dict[LayerKind, RotaryTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

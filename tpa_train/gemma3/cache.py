@@ -47,7 +47,7 @@ class KVCache:
 
     def __init__(
         self,
-        model: "Gemma3ForCausalLM",
+        model: Gemma3ForCausalLM,
         batch: int,
         capacity: int,
         dtype: torch.dtype = torch.bfloat16,

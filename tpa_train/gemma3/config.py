@@ -67,7 +67,7 @@ class Gemma3Config:
         return {**dataclasses.asdict(self), "layer_kinds": list(self.layer_kinds)}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Gemma3Config":
+    def from_dict(cls, values: dict) -> Gemma3Config:
         """Builds a config from ``to_dict``'s output.
 
         Raises:

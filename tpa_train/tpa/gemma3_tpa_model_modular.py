@@ -85,7 +85,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
     @classmethod
     def from_dense(
         cls, dense: Gemma3ForCausalLM, specs: list[LayerSpec], factors: dict[str, Tensor]
-    ) -> "Gemma3ForMultimodalLMwithTPA":
+    ) -> Gemma3ForMultimodalLMwithTPA:
         """Returns a student that *shares* every unconverted parameter with ``dense``.
 
         Args:
@@ -115,7 +115,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-    ) -> "Gemma3ForMultimodalLMwithTPA":
+    ) -> Gemma3ForMultimodalLMwithTPA:
         """Loads an exported folder.
 
         Args:
