@@ -133,6 +133,24 @@ def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
     sys.exit(status)
 
 
+def choose_device(name: str | None):
+    """Returns the torch device called ``name``; None takes an accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    import torch  # parsing and --help do without
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}).") from error
+    return device
+
+
 def _options(schema: type, prefix: str = "") -> list[_Option]:
     hints = typing.get_type_hints(schema)
     options = []

@@ -11,9 +11,10 @@ from pathlib import Path
 import lightning as L
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The run was asked to stop; what was finished is on disk.
 
+    Not an ``Exception``: it may arrive inside any library, whose ``except Exception`` must not swallow it.
     ``status`` is the shell's exit status for the signal (130 for Ctrl-C, 143 for SIGTERM).
     """
 
@@ -25,7 +26,8 @@ class Interrupted(Exception):
 class InterruptHandler:
     """Turns signals into a request that training honours between steps, or into ``Interrupted`` elsewhere.
 
-    A second signal while training raises ``KeyboardInterrupt``: somebody is in a hurry.
+    A second signal raises ``Interrupted`` in the middle of a step too: somebody is in a hurry. (KeyboardInterrupt would
+    make Lightning end the process itself, with a status that says nothing.)
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -65,11 +67,12 @@ class InterruptHandler:
             raise Interrupted(self.requested)
 
     def _handle(self, signum: int, _frame) -> None:
-        if self.requested is not None and self._deferred:
-            raise KeyboardInterrupt
+        hurried = self.requested is not None
         self.requested = signum
-        if not self._deferred:
+        if hurried or not self._deferred:
             raise Interrupted(signum)
+        message = f"\n{signal.Signals(signum).name}: stopping after this step and saving; again to stop at once\n"
+        os.write(2, message.encode())  # print() is not allowed inside another print(), and signals come anywhere
 
 
 class SaveAndStop(L.Callback):

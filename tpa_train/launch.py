@@ -13,35 +13,32 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tpa_train.checkpoints.export import export_model
 from tpa_train.errors import UserError
-from tpa_train.evaluation.plots import read_losses
-from tpa_train.evaluation.report import Report, model_card, write_report
-from tpa_train.evaluation.suites import (
-    CacheReport,
-    Evaluator,
-    StageResult,
-    cache_report,
-    greedy_samples,
-    layer_rows,
-)
+from tpa_train.evaluation.report import model_card, write_report
+from tpa_train.evaluation.suites import Evaluator, greedy_samples
 from tpa_train.interrupts import Interrupted, InterruptHandler, SaveAndStop
 from tpa_train.pipeline import (
     Session,
     StageCost,
     check_against_model,
     factorize_model,
-    load_trained,
     measure_layer_errors,
     model_path,
     recover,
-    student_factors,
+)
+from tpa_train.results import (
+    REPORTED_AS,
+    load_factorized,
+    load_stage,
+    make_report,
+    recorded_results,
+    save_factorized,
 )
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs, specs_to_dicts
+from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import make_loggers
 
-REPORTED_AS = {"factorize": "factorized", "layerwise": "layerwise", "distill": "distilled"}
 SAMPLE_PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -67,9 +64,11 @@ class Run:
         self.settings, self.command = settings, command
         self.folder = RunFolder(path, settings.resume)
         self.session = Session(settings, path / "logs")
+        # What "auto" came to is stored: a run that goes on elsewhere, or is exported, computes as it began.
+        settings.trainer.precision = "bf16" if self.session.machine.dtype == torch.bfloat16 else "float32"
         self.handler = InterruptHandler()
         self.student: Gemma3ForMultimodalLMwithTPA | None = None
-        self.results = [StageResult(**stage) for stage in self.folder.progress["stages"]]
+        self.results = recorded_results(self.folder)
 
     def execute(self) -> Path:
         """Runs what is left to do and returns the path of report.md.
@@ -78,14 +77,20 @@ class Run:
             Interrupted: a signal came; everything finished is saved, and training up to the last step.
             UserError: see the message.
         """
-        self._load()
         with self.handler.installed():
+            self._load()
             self._measure("teacher", None, StageCost(0, 0.0, 0.0))
             self._factorize()
             for stage in self.settings.recipe.stages[1:]:
                 if self.session.steps(stage) > 0:
                     self._recover(stage)
             return self._finish()
+
+    def how_to_go_on(self) -> str:
+        """Returns what to tell somebody whose run was stopped."""
+        if not self.folder.started:
+            return "nothing had been written yet."
+        return f"go on with: python scripts/train.py run_dir={shlex.quote(str(self.folder.path))} resume=true"
 
     # ---------------------------------------------------------------------------------------------------- preparation
 
@@ -167,8 +172,7 @@ class Run:
     def _make_evaluator(self) -> Evaluator:
         s = self.settings.evaluation
         data = self.session.data
-        # Joined documents: a row of 8K tokens is to show 8K tokens of context.
-        rows = data.heldout_rows(s.tokens, s.context, join_documents=True)
+        rows = data.heldout_rows(s.tokens, s.context)
         copies = {c: data.copy_texts(c, s.copy_count) for c in s.copy}
         return Evaluator(
             self.session.teacher, rows, copies, autocast=self.session.machine.autocast, max_copy_tokens=s.copy_tokens
@@ -198,17 +202,12 @@ class Run:
         )
 
     def _factorize(self) -> None:
-        factors = self.folder.load_tensors("factors", self.session.machine.device)
-        if factors is not None and "specs" in self.folder.progress:
-            specs = [LayerSpec(**spec) for spec in self.folder.progress["specs"]]
-            self.student = Gemma3ForMultimodalLMwithTPA.from_dense(self.session.teacher, specs, factors)
+        self.student = load_factorized(self.folder, self.session.teacher)
+        if self.student is not None:
             cost = StageCost(**self.folder.progress["factorize_cost"])
         else:
             self.student, cost, measured = factorize_model(self.session)
-            self.folder.save_tensors("factors", student_factors(self.student))
-            self.folder.record(
-                specs=specs_to_dicts(self.student.specs), sensitivities=measured, factorize_cost=vars(cost)
-            )
+            save_factorized(self.folder, self.student, sensitivities=measured, factorize_cost=vars(cost))
         say(self._rank_line())
         self._measure("factorized", self.student, cost)
 
@@ -217,14 +216,15 @@ class Run:
         return f"ranks by layer  {';  '.join(parts)}"
 
     def _recover(self, stage: str) -> None:
-        name = REPORTED_AS[stage]
-        trained = self.folder.load_tensors(name, self.session.machine.device)
-        if trained is None:
-            cost = self._train(stage)
-        else:
-            load_trained(self.student, trained)
+        if load_stage(self.folder, self.student, stage):
             cost = StageCost(**self.folder.progress[f"{stage}_cost"])
-        self._measure(name, self.student, cost)
+        else:
+            cost = self._train(stage)
+        errors = self.folder.progress.get("layer_errors", {})
+        if stage == "layerwise" and "after" not in errors:
+            after = measure_layer_errors(self.session, self.student)
+            self.folder.record(layer_errors=errors | {"after": list(after.values())})
+        self._measure(REPORTED_AS[stage], self.student, cost)
 
     def _train(self, stage: str) -> StageCost:
         checkpoint = self.folder.checkpoint(stage)
@@ -246,9 +246,6 @@ class Run:
                 self.folder.record(**{f"{stage}_cost": vars(cost)})
                 self.folder.save_tensors(REPORTED_AS[stage], module.trained_tensors())
                 checkpoint.unlink(missing_ok=True)
-        if stage == "layerwise":
-            after = measure_layer_errors(self.session, self.student)
-            self.folder.record(layer_errors=self.folder.progress["layer_errors"] | {"after": list(after.values())})
         return cost
 
     # ------------------------------------------------------------------------------------------------------------ end
@@ -261,7 +258,10 @@ class Run:
                 self.session.machine.autocast,
             )  # fmt: skip
             self.folder.record(samples=samples)
-        report = self._report(cache_report(self.session.teacher, self.student, s.budget.context))
+        report = make_report(
+            self.folder, s, self.session.teacher, self.student, self.results, self.command,
+            self.session.machine.describe(),
+        )  # fmt: skip
         export = self.folder.path / "export"
         if rank_zero_only.rank == 0:
             if not export.exists():
@@ -272,46 +272,6 @@ class Run:
             written = write_report(self.folder.path, report)
             say(f"\nreport  {written}\nexport  {export}")
         return self.folder.path / "report.md"
-
-    def _report(self, cache: CacheReport) -> Report:
-        s, progress = self.settings, self.folder.progress
-        logs = self.folder.path / "logs"
-        return Report.of(
-            self.session.teacher,
-            model=s.model.path or s.model.name,
-            budget={"cache_ratio": s.budget.cache_ratio, "context": s.budget.context},
-            cache=cache,
-            stages=self.results,
-            layers=layer_rows(self.student),
-            command=progress.get("command", self.command),
-            evaluation={
-                "text": f"held-out part of data={s.data.kind}", "context": s.evaluation.context, "documents": "joined",
-            },
-            samples=progress.get("samples", []),
-            layer_errors=progress.get("layer_errors", {}),
-            losses={stage: curve for stage in s.recipe.stages[1:] if (curve := whole_curve(logs / stage))},
-            extra={
-                "costs": progress.get("costs", {}), "sensitivities": progress.get("sensitivities", {}),
-                "machine": self.session.machine.describe(), "settings": s_to_dict(s),
-            },
-        )  # fmt: skip
-
-
-def s_to_dict(settings: RunSettings) -> dict[str, Any]:
-    """Returns the settings as plain data."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.structured(settings))
-
-
-def whole_curve(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Joins the loss curves of a stage's parts (a resumed run writes several), later parts replacing repeated steps."""
-    points: dict[float, float] = {}
-    for part in sorted(folder.glob("part*"), key=lambda p: int(p.name.removeprefix("part"))):
-        curve = read_losses(part / "metrics.csv")
-        if curve is not None:
-            points.update(zip(*curve, strict=True))
-    return (list(sorted(points)), [points[k] for k in sorted(points)]) if points else None
 
 
 @rank_zero_only
@@ -336,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run.execute()
     except Interrupted as stop:
-        say(f"\nstopped by {stop}; go on with: python scripts/train.py run_dir={run.folder.path} resume=true")
+        say(f"\nstopped by {stop}; {run.how_to_go_on()}")
         return stop.status
     return 0
 

@@ -59,6 +59,7 @@ class Session:
 
     settings: RunSettings
     folder: Path  # Lightning's scratch root
+    loaded: Gemma3ForCausalLM | None = None  # the teacher, where the caller has it already
     machine: Machine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,9 +68,12 @@ class Session:
 
     @cached_property
     def teacher(self) -> Gemma3ForCausalLM:
-        model = load_pretrained(model_path(self.settings), dtype=self.machine.dtype)
+        model = self.loaded
+        if model is None:
+            model = load_pretrained(model_path(self.settings), dtype=self.machine.dtype)
         if model.tokenizer is None:
-            raise UserError(f"{model_path(self.settings)} has no tokenizer; put its tokenizer.model beside the weights.")
+            where = model_path(self.settings) if self.loaded is None else "the model"
+            raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
         return model.requires_grad_(False).to(self.machine.device)
 
     @property
@@ -187,11 +191,10 @@ def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCo
 
 def bases_of(session: Session, calibration: Calibration) -> Bases:
     """Solves for the directions of every calibrated layer's keys and values."""
-    context = min(session.settings.budget.context, session.config.max_context)
-    attention = {i: session.teacher.layers[i].self_attn for i in calibration.layers}
+    layers = session.teacher.layers
     return Bases(
-        {i: key_basis(attention[i], m, context) for i, m in calibration.layers.items()},
-        {i: value_basis(attention[i], m) for i, m in calibration.layers.items()},
+        {i: key_basis(m, calibration.tokens) for i, m in calibration.layers.items()},
+        {i: value_basis(layers[i].self_attn, m) for i, m in calibration.layers.items()},
     )
 
 

@@ -23,6 +23,11 @@ from tpa_train.settings import RunSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GROUPS = ("recipe", "model", "data", "trainer", "budget", "logger")
+# The option that tells a group's choices apart: single options may have overridden the others.
+_IDENTITY = {
+    "recipe": "recipe.stages", "model": "model.name", "data": "data.kind", "trainer": "trainer.accelerator",
+    "budget": "budget.cache_ratio", "logger": "logger.kind",
+}  # fmt: skip
 
 
 def choices(group: str) -> list[str]:
@@ -139,24 +144,37 @@ def _resumed(settings: RunSettings, argv: list[str]) -> RunSettings:
     """Returns the settings stored in ``run_dir``; whatever ``argv`` names must agree with them."""
     if not settings.run_dir:
         raise UserError("resume=true needs run_dir=: which run is to go on?")
-    stored_path = Path(settings.run_dir) / "run.yaml"
-    if not stored_path.is_file():
+    if not (Path(settings.run_dir) / "run.yaml").is_file():
         raise UserError(f"resume=true, but there is no run in {settings.run_dir}; leave resume out to start one.")
-    try:
-        stored = OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.load(stored_path))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{stored_path} is damaged: {str(error).splitlines()[0]}") from error
-    asked = OmegaConf.structured(settings)
+    resumed = load_settings(settings.run_dir)
+    asked, stored = OmegaConf.structured(settings), OmegaConf.structured(resumed)
     for argument in argv:
         key = argument.partition("=")[0].lstrip("+-~")
         if key in ("run_dir", "resume"):
             continue
-        ours, theirs = (OmegaConf.select(c, key) for c in (asked, stored))
-        if ours != theirs and not (key == "trainer"):
-            raise UserError(f"resume=true: {key} was given, but the interrupted run has another value; leave it out.")
-    resumed: RunSettings = OmegaConf.to_object(stored)
+        compared = _IDENTITY.get(key, key)
+        ours, theirs = (OmegaConf.select(c, compared) for c in (asked, stored))
+        if ours != theirs and "auto" not in (ours, theirs):  # what auto came to was stored
+            raise UserError(
+                f"resume=true: {argument} contradicts the interrupted run, where {compared} is {theirs}; leave it out."
+            )
     resumed.run_dir, resumed.resume = settings.run_dir, True
     return resumed
+
+
+def load_settings(run: str | Path) -> RunSettings:
+    """Returns the settings that the run in the folder ``run`` was started with.
+
+    Raises:
+        UserError: there is no run in the folder, or its run.yaml is damaged.
+    """
+    path = Path(run) / "run.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder: there is no run.yaml in it.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.load(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def help_text() -> str:

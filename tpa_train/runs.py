@@ -40,7 +40,7 @@ class RunFolder:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file; name a folder.")
-        started = (self.path / "run.yaml").exists()
+        started = self.started
         if resume and not started:
             raise UserError(f"resume=true, but there is no run in {self.path}; leave resume out to start one.")
         if not resume and self.path.exists() and any(self.path.iterdir()):
@@ -48,7 +48,22 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} already exists and is not empty; {hint}.")
         self.progress: dict[str, Any] = {"stages": []}
         if resume and (self.path / "progress.json").exists():
-            self.progress = json.loads((self.path / "progress.json").read_text())
+            self.progress |= self._read_progress()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "run.yaml").exists()
+
+    def _read_progress(self) -> dict[str, Any]:
+        path = self.path / "progress.json"
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); start a new run.") from error
+        if not isinstance(progress, dict):
+            raise UserError(f"{path} is damaged (not a JSON object); start a new run.")
+        return progress
 
     def start(self, settings: RunSettings, command: str) -> None:
         """Creates the folder and records what it was started with."""

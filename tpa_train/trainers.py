@@ -160,7 +160,8 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*`isinstance.treespec.*",
-                    ".*Experiment logs directory.*", ".*lr_scheduler.step.*", ".*set_training_mode.*"):  # fmt: skip
+                    ".*Experiment logs directory.*", ".*lr_scheduler.step.*", ".*set_training_mode.*",
+                    ".*set_vital.*", ".*module\\(s\\) in eval mode.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=pattern)
 
 

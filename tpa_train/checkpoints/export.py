@@ -59,8 +59,7 @@ def export_model(
     out = Path(out)
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown; valid: {', '.join(DTYPES)}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} already exists and is not empty; choose another folder.")
+    check_free(out)
     target = DTYPES[dtype]
     tensors = {}
     for name, parameter in student.named_parameters():
@@ -92,6 +91,12 @@ def export_model(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def check_free(out: Path) -> None:
+    """Raises UserError unless ``out`` does not exist or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} already exists and is not empty; choose another folder.")
 
 
 @torch.no_grad()
@@ -130,6 +135,15 @@ def _widened(student: Gemma3ForMultimodalLMwithTPA) -> Gemma3ForMultimodalLMwith
         wide = parameter.detach().to(device="cpu", dtype=torch.float32)
         set_parameter(copy, name, nn.Parameter(wide, requires_grad=False))
     return copy.eval()
+
+
+def is_export(folder: Path) -> bool:
+    """Returns whether ``folder`` is one of ours, whole or not, of whatever version."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def read_config(folder: Path) -> tuple[Gemma3Config, list[LayerSpec]]:

@@ -18,6 +18,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TPA_TRAIN_CACHE") or Path.home() / ".cache" / "tpa_train").expanduser()
 
 
+def is_packaged(name: str) -> bool:
+    """Returns whether ``name`` is a model that ``find_default`` knows."""
+    return name in _PACKAGED
+
+
 def find_default(name: str = "gemma3_270m") -> Path:
     """Returns the path of a packaged checkpoint, assembling it into the cache folder the first time.
 

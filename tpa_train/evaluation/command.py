@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from tpa_train.cli import parse
+from tpa_train.cli import choose_device, parse
 from tpa_train.errors import UserError
 from tpa_train.evaluation.multiple_choice import ChoiceResult, Question, read_questions, score_questions
 from tpa_train.evaluation.report import json_safe, table, versions
@@ -139,7 +139,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         UserError: as ``main``.
     """
     # Everything that can be wrong with the arguments is found before a model is loaded.
-    device = _device(args.device)
+    device = choose_device(args.device)
     distances = _distances(args.copy, device)
     _check(args)
     suites = [(path, read_questions(path, args.suite.limit)) for path in args.suite.path]
@@ -381,17 +381,6 @@ def _distances(text: str | None, device: torch.device) -> list[int]:
     if min(distances) < 1:
         raise UserError(f"copy={text}: expected whole numbers of tokens with commas between, or 'none'.")
     return distances
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used here ({str(error).splitlines()[0]}).") from error
-    return device
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,8 @@
 """Latent factors in closed form: the best rank-r keys and values under data-aware metrics (DESIGN §4).
 
 Minimising E‖M^½(k − UAx)‖² over rank-r maps has the solution of a principal component analysis in the metric: with E
-the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures attention logits, that
-of values the layer's output.
+the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures the model's output, that of
+values the layer's output.
 """
 
 from __future__ import annotations
@@ -14,38 +14,9 @@ from torch import Tensor
 
 from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.attention import Attention
-from tpa_train.gemma3.config import Gemma3Config, LayerKind
-from tpa_train.gemma3.layers import rope_frequencies
 
+SMALLEST_METRIC = 1e-12  # nats; a direction that never mattered on the calibration text still has a length
 EIGENVALUE_FLOOR = 1e-10  # of the largest; a metric that ignores a direction must still be invertible
-
-
-def average_over_distances(second: Tensor, speeds: Tensor, distances: Tensor) -> Tensor:
-    """Returns the mean over Δ of R_Δᵀ Q R_Δ for matrices Q [G, d, d], with R_Δ the RoPE rotation of a key that lies Δ
-    tokens before its query.
-
-    Args:
-        second: query moments before RoPE, float64.
-        speeds: rotation speeds [d/2], radians per token.
-        distances: tokens, any shape; each counts equally.
-    """
-    half = speeds.numel()
-    angles = -distances.double().flatten()[:, None] * speeds.double()  # keys come first: a negative rotation
-    cos, sin = angles.cos(), angles.sin()
-    count = angles.shape[0]
-    cc, ss, cs = cos.T @ cos / count, sin.T @ sin / count, cos.T @ sin / count
-    sc = cs.T
-    q11, q12 = second[:, :half, :half], second[:, :half, half:]
-    q21, q22 = second[:, half:, :half], second[:, half:, half:]
-    top = torch.cat((q11 * cc + q12 * cs + q21 * sc + q22 * ss, -q11 * cs - q21 * ss + q12 * cc + q22 * sc), dim=2)
-    low = torch.cat((-q11 * sc + q21 * cc - q12 * ss + q22 * cs, q11 * ss - q21 * cs - q12 * sc + q22 * cc), dim=2)
-    return torch.cat((top, low), dim=1)
-
-
-def range_of_distances(config: Gemma3Config, kind: LayerKind, context: int) -> Tensor:
-    """Returns the query-key distances a layer sees: its window, or everything up to ``context`` tokens."""
-    reach = context if kind == "global" else min(context, config.sliding_window)
-    return torch.arange(reach) if reach <= 4096 else torch.linspace(0, reach - 1, 4096, dtype=torch.float64).round()
 
 
 def symmetric_power(matrix: Tensor, power: float) -> Tensor:
@@ -80,18 +51,19 @@ class Basis:
         return float(self.energies[:, rank:].sum())
 
 
-def key_basis(attention: Attention, moments: LayerMoments, context: int) -> Basis:
-    """Returns the directions of a layer's keys; the metric is the error of attention logits over ``context`` tokens.
+def key_basis(moments: LayerMoments, tokens: int) -> Basis:
+    """Returns the directions of a layer's keys, in the metric of the model's output (its Fisher information).
 
-    M = Γ · avg_Δ(R_Δᵀ E[q̂q̂ᵀ] R_Δ) · Γ with Γ = diag(1 + w_k); C = attention-weighted moment of k / rms(k).
+    Energies are nats a token: half the tail sum is the KL that a truncation costs, to second order and if the errors of
+    different tokens were independent.
+
+    Args:
+        moments: of the layer.
+        tokens: that they were gathered on.
     """
-    config = attention.config
-    queries = moments.query_second / moments.query_count[:, None, None]
-    speeds = rope_frequencies(config, attention.kind)
-    metric = average_over_distances(queries, speeds, range_of_distances(config, attention.kind, context))
-    gamma = 1.0 + attention.k_norm.weight.detach().double().cpu()
-    metric = gamma[:, None] * metric * gamma[None, :] * config.scale**2
     weight = moments.key_weight
+    metric = moments.key_fisher / tokens
+    metric = metric + SMALLEST_METRIC * torch.eye(metric.shape[-1], dtype=metric.dtype)
     return Basis.from_metric(
         moments.key_second / weight[:, None, None], metric, moments.key_first / weight[:, None]
     )

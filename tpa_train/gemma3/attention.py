@@ -1,7 +1,7 @@
 """Attention of the original model, and the kernels that every form of attention in the toolkit runs on.
 
 Softmax is always a library's: flash attention over variable-length documents on CUDA, PyTorch's SDPA elsewhere. No
-path builds an [L, L] mask where a window will do: local layers run on W × 2W bands.
+path builds an [L, L] mask where a window will do: local layers run in bands.
 
 A subclass changes what one token writes into the cache and how keys and values come out of it (``write`` and
 ``read``); everything else here serves all forms.
@@ -28,6 +28,7 @@ except ImportError:  # pragma: no cover - depends on the installed torch
     varlen_attn = None
 
 RotaryTable = tuple[Tensor, Tensor]
+BAND_BLOCK = 128  # queries of a block in the banded path: it computes W + 128 scores a query for the W that are needed
 
 
 @dataclass
@@ -134,31 +135,31 @@ def _attend_segments(q, k, v, scale, documents: Documents) -> Tensor:
 
 
 def _attend_banded(q, k, v, scale, window: int, documents: Documents | None) -> Tensor:
-    """Sliding window as blocks of W queries on the 2W keys that they can reach."""
-    batch, length, heads, dim = q.shape
-    blocks = -(-length // window)
-    pad = blocks * window - length
+    """Sliding window as blocks of queries, each on the block's own keys and the W - 1 before it (rounded up)."""
+    batch, length = q.shape[:2]
+    block = max(1, min(window, BAND_BLOCK))
+    past = -(-window // block) * block  # keys that a block sees of the blocks before it
+    blocks = -(-length // block)
+    pad = blocks * block - length
 
-    def split(x: Tensor) -> Tensor:  # [B, L, n, d] -> [B, blocks, W, n, d]
-        return F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, window))
+    def queries(x: Tensor) -> Tensor:  # [B, L, ...] -> [B·blocks, block, ...]
+        fill = x.new_zeros(batch, pad, *x.shape[2:])
+        return torch.cat((x, fill), dim=1).unflatten(1, (blocks, block)).flatten(0, 1)
 
-    def with_previous(x: Tensor) -> Tensor:  # [B, blocks, W, ...] -> [B·blocks, 2W, ...]
-        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-        return torch.cat((previous, x), dim=2).flatten(0, 1)
+    def keys(x: Tensor) -> Tensor:  # [B, L, ...] -> [B·blocks, past + block, ...]
+        x = torch.cat((x.new_zeros(batch, past, *x.shape[2:]), x, x.new_zeros(batch, pad, *x.shape[2:])), dim=1)
+        return x.unfold(1, past + block, block).movedim(-1, 2).flatten(0, 1)
 
-    query = torch.arange(window, device=q.device)[:, None] + window
-    key = torch.arange(2 * window, device=q.device)[None, :]
+    query = torch.arange(block, device=q.device)[:, None] + past
+    key = torch.arange(past + block, device=q.device)[None, :]
     band = (key <= query) & (key > query - window)
-    mask = band.expand(blocks, window, 2 * window).clone()
-    mask[0, :, :window] = False  # the block before the first does not exist
-    mask = mask[None].expand(batch, -1, -1, -1)
+    first = torch.arange(blocks, device=q.device)[:, None, None] * block  # nothing lies before the first token
+    mask = (band & (key + first >= past)).expand(batch, -1, -1, -1)
     if documents is not None:
-        ids = F.pad(documents.ids, (0, pad), value=-1).unflatten(1, (blocks, window))
-        same = ids.flatten(0, 1)[:, :, None] == with_previous(ids)[:, None, :]
-        mask = mask & same.unflatten(0, (batch, blocks))
-    out = _sdpa(
-        split(q).flatten(0, 1), with_previous(split(k)), with_previous(split(v)), scale, mask.flatten(0, 1)[:, None]
-    )
+        mask = mask & (queries(documents.ids)[:, :, None] == keys(documents.ids)[:, None, :]).unflatten(
+            0, (batch, blocks)
+        )
+    out = _sdpa(queries(q), keys(k), keys(v), scale, mask.flatten(0, 1)[:, None])
     return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
 

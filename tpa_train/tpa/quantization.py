@@ -70,7 +70,8 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 4:
         codes = F.pad(codes, (0, count % 2))
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes, torch.stack((scale, low), dim=-1)
+    # Stacked in float32: autocast on a CPU cannot promote float16.
+    return codes, torch.stack((scale.float(), low.float()), dim=-1).to(torch.float16)
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -92,4 +93,5 @@ def fake_quantize(x: Tensor, bits: int) -> Tensor:
         codes = _codes(groups, scale, low, bits)
         rounded = codes * scale.float()[..., None] + low.float()[..., None]
         rounded = rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-    return x + (rounded - x).detach() if x.requires_grad else rounded
+    # Added as an exact zero: x + (rounded − x) would differ from what the cache gives back in the last digit.
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
