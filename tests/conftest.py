@@ -1,1 +1,31 @@
-"""Puts this folder on the import path, for the helpers that several test folders share."""
+"""Puts this folder on the import path, for the helpers that several test folders share, and makes the tiny run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """A tiny model, a text, a cache folder and the options of a run on them."""
+    from tiny_runs import run_options, training_options, write_model, write_text_file
+
+    folder = tmp_path_factory.mktemp("tiny")
+    model, text, cache = write_model(folder / "model"), write_text_file(folder / "text.txt"), folder / "cache"
+    return SimpleNamespace(
+        model=model, text=text, cache=cache, options=run_options(model, text, cache),
+        training_options=training_options(text, cache),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of recipe=distill; not to be changed."""
+    from tpa_train.launch import main
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["recipe=distill", *tiny.options, f"run_dir={run}"]) == 0
+    return run

@@ -109,6 +109,6 @@ class SaveAndStop(L.Callback):
 def save_atomically(trainer: L.Trainer, path: Path) -> None:
     """Writes a Lightning checkpoint to a temporary name beside ``path`` and renames it."""
     temporary = path.with_name(f".{path.name}.partial")
-    trainer.save_checkpoint(temporary)
+    trainer.save_checkpoint(temporary, weights_only=False)
     if trainer.is_global_zero:
         os.replace(temporary, path)

@@ -167,7 +167,8 @@ class Run:
         devices = self.settings.trainer.devices
         if isinstance(devices, int):
             minutes /= devices * self.settings.trainer.num_nodes
-        return f"about {max(1, round(minutes))} minutes, judged by one forward pass"
+        rounded = max(1, round(minutes))
+        return f"about {rounded} minute{'s' * (rounded > 1)}, judged by one forward pass"
 
     def _make_evaluator(self) -> Evaluator:
         s = self.settings.evaluation

@@ -6,6 +6,7 @@ keeps the run folder.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import Machine, choose_machine, make_trainer, seeded
+from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
 
 STAGES = ("factorize", "layerwise", "distill")
 PROBE_SHARE = 4  # sensitivities are measured at rank head_dim / 4, near what budgets end up with
@@ -119,13 +120,15 @@ def check_settings(settings: RunSettings) -> None:
         UserError: see the message.
     """
     recipe, trainer = settings.recipe, settings.trainer
+    check_logger(settings.logger)
     for stage in recipe.stages:
         if stage not in STAGES:
             raise UserError(f"recipe.stages: '{stage}' is no stage{nearest(stage, STAGES)}")
     if not recipe.stages or recipe.stages[0] != "factorize":
         raise UserError("recipe.stages must begin with factorize: there is nothing to recover before it.")
     if recipe.distill.scope not in SCOPES:
-        raise UserError(f"recipe.distill.scope={recipe.distill.scope} is unknown{nearest(recipe.distill.scope, SCOPES)}")
+        scope = recipe.distill.scope
+        raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -158,7 +161,9 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
         ("evaluation.copy", 2 * max(settings.evaluation.copy, default=0) + 1),
     ):
         if tokens > config.max_context:
-            raise UserError(f"{option} needs {tokens} tokens, but the model's context is {config.max_context}; lower it.")
+            raise UserError(
+                f"{option} needs {tokens} tokens, but the model's context is {config.max_context}; lower it."
+            )
 
 
 def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -285,6 +290,9 @@ def recover(
         session.data.stage = stage
         session.data.trainer = None
 
+        if checkpoint is not None:
+            check_readable(checkpoint)
+
         def work() -> None:
             trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
@@ -293,6 +301,16 @@ def recover(
     student.requires_grad_(False)
     tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
     return module, StageCost(tokens * trainer.world_size, seconds, peak)
+
+
+def check_readable(checkpoint: Path) -> None:
+    """Raises UserError if a training checkpoint is damaged; Lightning would say so in a page of traceback."""
+    try:
+        torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{checkpoint} is damaged ({str(error).splitlines()[0]}); delete it to redo that stage."
+        ) from error
 
 
 def compile_layers(teacher: Gemma3ForCausalLM, module: RecoveryModule) -> None:

@@ -44,8 +44,8 @@ class RunFolder:
         if resume and not started:
             raise UserError(f"resume=true, but there is no run in {self.path}; leave resume out to start one.")
         if not resume and self.path.exists() and any(self.path.iterdir()):
-            hint = "add resume=true to go on with it, or choose another run_dir" if started else "choose another run_dir"
-            raise UserError(f"run_dir={self.path} already exists and is not empty; {hint}.")
+            hint = "add resume=true to go on with it, or " if started else ""
+            raise UserError(f"run_dir={self.path} already exists and is not empty; {hint}choose another run_dir.")
         self.progress: dict[str, Any] = {"stages": []}
         if resume and (self.path / "progress.json").exists():
             self.progress |= self._read_progress()

@@ -31,7 +31,7 @@ class BudgetSettings:
     # tokens of context at which that is counted
     context: int = 32_768
     # width of every cached number of the converted layers: 16, 8 or 4 (group scales are counted)
-    bits: int = 8
+    bits: int = 16
     # ranks are multiples of this
     multiple: int = 8
 
@@ -52,7 +52,7 @@ class LayerwiseSettings(OptimizerSettings):
 
     # tokens to train on; 0 skips the stage
     tokens: int = 1_638_400
-    lr_factors: float = 1e-2
+    lr_factors: float = 3e-3
 
 
 @dataclass

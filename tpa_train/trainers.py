@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from tpa_train.errors import UserError, nearest
 from tpa_train.settings import LoggerSettings, TrainerSettings
 
-LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+# kind -> modules, one of which Lightning's logger needs
+LOGGERS = {
+    "csv": ("csv",), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
+    "mlflow": ("mlflow", "mlflow_skinny"),
+}  # fmt: skip
 
 
 @dataclass
@@ -89,31 +94,35 @@ def choose_machine(settings: TrainerSettings) -> Machine:
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, settings)
 
 
+def check_logger(settings: LoggerSettings) -> None:
+    """Raises UserError if the logger is unknown or its package is not installed; nothing is written by then."""
+    if settings.kind not in LOGGERS:
+        raise UserError(f"logger={settings.kind} is unknown{nearest(settings.kind, LOGGERS)}")
+    if not any(importlib.util.find_spec(module) for module in LOGGERS[settings.kind]):
+        raise UserError(f"logger={settings.kind} needs a package: pip install {settings.kind}")
+
+
 def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Logger]:
     """Returns the csv logger, which reports are drawn from, and the one that was asked for.
 
     Raises:
         UserError: the logger is unknown or its package is not installed.
     """
-    if settings.kind not in LOGGERS:
-        raise UserError(f"logger={settings.kind} is unknown{nearest(settings.kind, LOGGERS)}")
+    check_logger(settings)
     part = len(list((folder / stage).glob("part*")))  # a resumed run writes the next part: nothing is overwritten
     loggers: list[Logger] = [CSVLogger(folder, name=stage, version=f"part{part}", flush_logs_every_n_steps=20)]
-    try:
-        if settings.kind == "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger
+    if settings.kind == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
 
-            loggers.append(TensorBoardLogger(folder, name=stage, version=f"part{part}"))
-        elif settings.kind == "wandb":
-            from lightning.pytorch.loggers import WandbLogger
+        loggers.append(TensorBoardLogger(folder, name=stage, version=f"part{part}"))
+    elif settings.kind == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
 
-            loggers.append(WandbLogger(project=settings.project, name=f"{folder.parent.name}-{stage}", save_dir=folder))
-        elif settings.kind == "mlflow":
-            from lightning.pytorch.loggers import MLFlowLogger
+        loggers.append(WandbLogger(project=settings.project, name=f"{folder.parent.name}-{stage}", save_dir=folder))
+    elif settings.kind == "mlflow":
+        from lightning.pytorch.loggers import MLFlowLogger
 
-            loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=f"{folder.parent.name}-{stage}"))
-    except ModuleNotFoundError as error:
-        raise UserError(f"logger={settings.kind} needs a package: pip install {settings.kind}") from error
+        loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=f"{folder.parent.name}-{stage}"))
     return loggers
 
 

@@ -63,8 +63,9 @@ def test_rows(tmp_path):
     assert len(rows) == 7  # 28 of 30 tokens
     ids = [rows[i]["document_ids"].tolist() for i in range(7)]
     assert ids == [[0, 0, 0, 1], [0] * 4, [0, 0, 1, 1], [0] * 4, [0] * 4, [0] * 4, [0] * 4]
-    stream = torch.cat([row["token_ids"] for row in rows])
-    assert stream.tolist() == PackedStream(folder).tokens[:28].tolist()
+    expected = PackedStream(folder).tokens[:28].astype("int64")
+    expected[::4] = 2  # every row begins with BOS, in the place of its first token
+    assert torch.cat([row["token_ids"] for row in rows]).tolist() == expected.tolist()
     assert rows[0]["token_ids"].dtype == torch.int64 and rows[0]["document_ids"].dtype == torch.int32
     assert torch.equal(rows[-1]["token_ids"], rows[6]["token_ids"])
     with pytest.raises(IndexError):

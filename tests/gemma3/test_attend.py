@@ -4,6 +4,7 @@ import pytest
 import torch
 from random_models import LargestTensor, naive_attention, random_model, small_config, tokens
 
+from tpa_train.gemma3 import attention
 from tpa_train.gemma3.attention import Documents, attend
 
 B, H, D = 2, 4, 8
@@ -33,9 +34,17 @@ def _naive(q, k, v, scale, window, ids=None):
     )
 
 
+@pytest.fixture(params=[3, 4, None], ids=["blocks of 3", "blocks of 4", "own blocks"])
+def block(request, monkeypatch):
+    """Blocks of queries smaller than the window, which its size is or is not a multiple of, and the real ones."""
+    if request.param is not None:
+        monkeypatch.setattr(attention, "BAND_BLOCK", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 2, 7, 8, 16, 23, 24, 100])
-def test_equals_the_dense_softmax(groups, window):
+def test_equals_the_dense_softmax(block, groups, window):
     """Lengths of 24 with windows that divide it, do not divide it, equal it and exceed it."""
     q, k, v = _inputs(groups, 24)
     torch.testing.assert_close(attend(q, k, v, 0.37, window), _naive(q, k, v, 0.37, window), rtol=0, atol=1e-12)
@@ -46,7 +55,7 @@ def test_equals_the_dense_softmax(groups, window):
 @pytest.mark.parametrize(
     "edges", [([], []), ([10], []), ([1, 2, 3, 23], [8, 16]), ([5, 13], [5, 13])], ids=["one", "two", "many", "same"]
 )
-def test_documents_do_not_see_each_other(groups, window, edges):
+def test_documents_do_not_see_each_other(block, groups, window, edges):
     q, k, v = _inputs(groups, 24, seed=1)
     ids = _ids(24, edges)
     torch.testing.assert_close(
@@ -64,7 +73,7 @@ def test_neighbouring_rows_with_one_id_are_two_documents():
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("value_dim", [1, 3, 8])
 @pytest.mark.parametrize("packed", [False, True])
-def test_values_may_be_narrower_than_keys(window, value_dim, packed):
+def test_values_may_be_narrower_than_keys(block, window, value_dim, packed):
     q, k, v = _inputs(2, 19, value_dim, seed=2)
     ids = _ids(19, ([4], [11, 12])) if packed else None
     out = attend(q, k, v, 0.5, window, None if ids is None else Documents(ids))
@@ -73,7 +82,7 @@ def test_values_may_be_narrower_than_keys(window, value_dim, packed):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_gradients_equal_the_dense_ones(window):
+def test_gradients_equal_the_dense_ones(block, window):
     ids = _ids(20, ([9], []))
     leaves = [t.requires_grad_() for t in _inputs(2, 20, seed=3)]
     direction = _inputs(2, 20, seed=4)[0]
@@ -84,6 +93,12 @@ def test_gradients_equal_the_dense_ones(window):
 
 
 LONG, WINDOW = 2048, 32
+
+
+def test_a_window_above_the_real_blocks():
+    length, window = 5 * attention.BAND_BLOCK // 2 + 3, attention.BAND_BLOCK + 17
+    q, k, v = _inputs(2, length)
+    torch.testing.assert_close(attend(q, k, v, 0.37, window), _naive(q, k, v, 0.37, window), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -12,9 +12,7 @@ from tpa_train.gemma3.layers import RMSNorm, apply_rotary, rope_frequencies, rot
 @pytest.mark.parametrize("factor", [1.0, 8.0])
 @pytest.mark.parametrize("kind", ["local", "global"])
 def test_speeds(kind, factor):
-    config = small_config(
-        head_dim=16, rope_theta=1_000_000.0, rope_local_theta=10_000.0, rope_scaling_factor=factor
-    )
+    config = small_config(head_dim=16, rope_theta=1_000_000.0, rope_local_theta=10_000.0, rope_scaling_factor=factor)
     base, scaling = (1_000_000.0, factor) if kind == "global" else (10_000.0, 1.0)
     expected = [base ** (-2 * i / 16) / scaling for i in range(8)]
     assert rope_frequencies(config, kind).tolist() == pytest.approx(expected, rel=1e-6)

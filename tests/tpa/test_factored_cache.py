@@ -23,7 +23,7 @@ def _mixed(groups, bits, dtype=torch.float32):
 def _decode(student, ids):
     """A prompt, chunks below and above the window, and single tokens."""
     cache = student.allocate_cache(1, ids.shape[1], dtype=student.head_weight.dtype)
-    sizes = [50] + [1] * 30 + [300, 7, 500] + [13] * 40
+    sizes = [50] + [1] * 30 + [300, 7, 500] + [13] * 44
     parts = ids.split(sizes + [1] * (ids.shape[1] - sum(sizes)), dim=1)
     return student.logits(torch.cat([student.hidden_states(part, cache=cache) for part in parts], dim=1))
 
@@ -71,9 +71,9 @@ def test_greedy_text_equals_that_of_the_full_forward():
     """The tokens themselves, chosen one by one, against a full forward over the finished text."""
     student = _mixed(4, 8, torch.float64)
     ids = tokens(student.config, 1, 20)
-    cache = student.allocate_cache(1, 170, dtype=torch.float64)
+    cache = student.allocate_cache(1, 120, dtype=torch.float64)
     logits = student(ids, cache=cache)
-    for _ in range(150):
+    for _ in range(100):
         token = logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)
         logits = student(token, cache=cache)
@@ -112,8 +112,8 @@ def _bytes(count, bits):
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("context", [1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("rank_k,rank_v", [(5, 3), (8, 33), (40, 0), (0, 32), (31, 1)])
+@pytest.mark.parametrize("context", [1, 64, 65, 1000])
+@pytest.mark.parametrize("rank_k,rank_v", [(5, 3), (8, 33), (40, 0), (0, 31)])
 def test_bytes_equal_the_formula(groups, bits, context, rank_k, rank_v):
     config = small_config(num_kv_heads=groups, head_dim=40, sliding_window=64)
     specs = specs_of(config, {1: (rank_k, rank_v), 5: (rank_k, rank_v)}, bits)

@@ -8,10 +8,10 @@ from tpa_train.errors import UserError
 from tpa_train.tpa import generation
 from tpa_train.tpa.generation import generate, sample, stop_ids, stream_ids
 
-PROMPTS = ["a", "hello, world; this one is longer than the window", "mid one", "hello"]
+PROMPTS = ["a", "this one is longer than the window", "mid one", "hello"]
 
 
-@pytest.fixture(params=[(1, 16), (4, 8), (4, 4)], ids=["G1-16", "G4-8", "G4-4"], scope="module")
+@pytest.fixture(params=[(1, 16), (4, 8)], ids=["G1-16", "G4-8"], scope="module")
 def model(request):
     groups, bits = request.param
     dense = random_model(small_config(num_kv_heads=groups, max_context=200), seed=3)
@@ -20,9 +20,9 @@ def model(request):
 
 
 def test_a_ragged_batch_equals_each_prompt_alone(model):
-    together = model.generate(PROMPTS, max_tokens=30)
-    assert together == [model.generate(p, max_tokens=30)[0] for p in PROMPTS]
-    assert all(len(t.split()) == 30 for t in together) and len(set(together)) == 4
+    together = model.generate(PROMPTS, max_tokens=20)
+    assert together == [model.generate(p, max_tokens=20)[0] for p in PROMPTS]
+    assert all(len(t.split()) == 20 for t in together) and len(set(together)) == 4
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 13])
@@ -42,7 +42,7 @@ def test_greedy_equals_the_full_forward(model):
 
 def test_seeds_repeat_and_differ(model):
     def run(seed, **options):
-        return model.generate(PROMPTS[:2], max_tokens=20, temperature=1.0, seed=seed, **options)
+        return model.generate(PROMPTS[:2], max_tokens=10, temperature=1.0, seed=seed, **options)
 
     assert run(0) == run(0) and run(1) == run(1) and run(0) != run(1)
     assert run(0, top_p=0.9) == run(0, top_p=0.9)
@@ -79,13 +79,13 @@ def test_temperature_sharpens():
 
 
 def test_stop_ids_end_each_text_on_its_own(model, monkeypatch):
-    texts = [t.split() for t in model.generate(PROMPTS, max_tokens=30)]
+    texts = [t.split() for t in model.generate(PROMPTS, max_tokens=20)]
     stop = texts[0][7]
     for tokenizer in (ByteTokenizer(eos_id=int(stop)), ByteTokenizer(eos_id=-1, end_of_turn_id=int(stop))):
         monkeypatch.setattr(model, "tokenizer", tokenizer)
         assert int(stop) in stop_ids(model)
         steps: list[list[int | None]] = []
-        stopped = [t.split() for t in model.generate(PROMPTS, max_tokens=30, on_tokens=steps.append)]
+        stopped = [t.split() for t in model.generate(PROMPTS, max_tokens=20, on_tokens=steps.append)]
         assert stopped == [t[: t.index(stop)] if stop in t else t for t in texts]
         assert len(stopped[0]) <= 7
         # The callback saw the same tokens, and None once a text had ended.
@@ -98,7 +98,7 @@ def test_it_ends_when_all_have_ended(model, monkeypatch):
     first = int(model.generate(PROMPTS[0], max_tokens=1)[0])
     monkeypatch.setattr(model, "tokenizer", ByteTokenizer(eos_id=first))
     steps = []
-    assert model.generate(PROMPTS[0], max_tokens=30, on_tokens=steps.append) == [""]
+    assert model.generate(PROMPTS[0], max_tokens=20, on_tokens=steps.append) == [""]
     assert steps == [[None]]
 
 

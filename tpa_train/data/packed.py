@@ -125,6 +125,9 @@ class PackedDataset(Dataset):
 
     An item is ``{"token_ids": int64 [L], "document_ids": int32 [L]}``. ``document_ids`` number the documents inside
     the row (0, 1, 2, ...): attention does not cross them. A row that begins inside a document numbers that one 0.
+
+    Every row begins with BOS, which takes the place of its first token: Gemma has never seen a text without one (on
+    WikiText-2 its perplexity doubles).
     """
 
     def __init__(self, stream: PackedStream, context: int, join_documents: bool = False) -> None:
@@ -168,6 +171,7 @@ class PackedDataset(Dataset):
             raise IndexError(row)
         begin = row % len(self) * self.context
         token_ids = self.stream.tokens[begin : begin + self.context].astype(np.int64)
+        token_ids[0] = self.stream.manifest.bos_id
         document_ids = np.zeros(self.context, np.int32)
         if not self.join_documents:
             first, last = np.searchsorted(self.stream.starts, [begin + 1, begin + self.context])

@@ -277,8 +277,9 @@ class EndToEndModule(RecoveryModule):
             if weight > 0:
                 hidden_error = hidden_error + normalised_error(x_student, x_teacher)
         hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
-        offset = self.global_step % self.kl_every  # another residue each step, so that all positions get their turn
-        pick = slice(offset, None, self.kl_every)
+        every = min(self.kl_every, ids.shape[1])
+        # Another residue each step, so that all positions get their turn.
+        pick = slice(self.global_step % every, None, every)
         with torch.no_grad():
             h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
         h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)

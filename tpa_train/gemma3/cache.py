@@ -115,7 +115,8 @@ class KVCache:
                 slots = start - (start - ring) % size
             else:  # a chunk still needs the W - 1 tokens before it, so join before writing
                 kept = torch.arange(max(0, start - size), start, device=device)
-                merged.append(torch.cat((buffer[:, kept % size], new), dim=1))
+                with torch.autocast(device.type, enabled=False):  # on a CPU it refuses float16, the type of scales
+                    merged.append(torch.cat((buffer[:, kept % size], new), dim=1))
                 slots = torch.cat((kept, torch.arange(start, stop, device=device)))
                 last = torch.arange(max(start, stop - size), stop, device=device)
                 buffer[:, last % size] = new[:, last - start]

@@ -1,0 +1,166 @@
+"""A whole run of recipe=distill on a tiny model: what it leaves behind, and what the scripts make of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_runs import ROOT, STEPS, files, weights
+
+from tpa_train.checkpoints import load_pretrained
+from tpa_train.checkpoints.command import export_run
+from tpa_train.checkpoints.command import main as export
+from tpa_train.errors import UserError
+from tpa_train.evaluation.command import main as evaluate
+from tpa_train.launch import main
+from tpa_train.recipes import load_settings
+from tpa_train.results import finished_stages, rebuild_student
+from tpa_train.runs import RunFolder
+from tpa_train.tpa.command import main as generate
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
+from tpa_train.tpa.generation import generate as continue_text
+
+IDS = torch.arange(2, 62)[None]
+
+
+@pytest.fixture(scope="module")
+def report(finished):
+    return json.loads((finished / "report.json").read_text())
+
+
+def rebuilt(run, stage=None):
+    settings = load_settings(run)
+    return rebuild_student(RunFolder(run, resume=True), settings, load_pretrained(settings.model.path), stage)
+
+
+def test_report_has_the_documented_schema(report, tiny, finished):
+    schema = {"model", "budget", "cache", "stages", "layers", "versions", "command"}
+    assert schema <= set(report)
+    assert report["budget"] == {"cache_ratio": 3.0, "context": 512} and report["model"] == str(tiny.model)
+    assert {"context", "dense_bytes", "tpa_bytes", "ratio"} <= set(report["cache"])
+    for stage in report["stages"]:
+        assert {"name", "tokens", "seconds", "perplexity", "kl", "top1", "copy_accuracy"} <= set(stage)
+        assert set(stage["copy_accuracy"]) == {"20", "40"}
+    layer = {"index", "kind", "form_k", "rank_k", "form_v", "rank_v", "bits", "bytes_per_token"}
+    assert [set(row) for row in report["layers"]] == [layer] * 7
+    assert report["command"].startswith("python scripts/train.py recipe=distill") and "torch" in report["versions"]
+
+
+def test_stages_are_measured_in_order(report):
+    stages = report["stages"]
+    assert [s["name"] for s in stages] == ["teacher", "factorized", "layerwise", "distilled"]
+    assert stages[0]["kl"] == 0 and stages[0]["top1"] == 1
+    assert [s["tokens"] for s in stages[2:]] == [64 * 2 * STEPS] * 2
+    kl = [s["kl"] for s in stages]
+    assert kl[1] > kl[2] > 0 and kl[1] > kl[3] > 0
+
+
+def test_the_budget_is_kept(report):
+    cache = report["cache"]
+    assert cache["context"] == 512 and cache["ratio"] == cache["dense_bytes"] / cache["tpa_bytes"] >= 3
+    tokens = {"global": 512, "local": 8}
+    assert sum(row["bytes_per_token"] * tokens[row["kind"]] for row in report["layers"]) == cache["tpa_bytes"]
+
+
+def test_the_run_folder(finished):
+    assert {"report.md", "report.json", "run.yaml", "progress.json", "plots/quality.png", "plots/losses.png",
+            "plots/ranks.png", "plots/layer_errors.png"} <= files(finished)  # fmt: skip
+    assert files(finished / "export") == {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+    assert not files(finished / "checkpoints"), "finished stages need no checkpoint"
+    assert not [name for name in files(finished) if "partial" in name or name.endswith(".tmp")]
+    card = (finished / "export" / "README.md").read_text()
+    assert "https://ai.google.dev/gemma/terms" in card and "distilled" in card
+
+
+def test_the_export_computes_what_the_student_computes(finished):
+    student, stage = rebuilt(finished)
+    loaded = Gemma3ForMultimodalLMwithTPA.from_pretrained(finished / "export")
+    assert stage == "distilled" and loaded.converted_layers == [5]
+    assert torch.equal(student(IDS), loaded(IDS))
+    assert loaded.generate("hello world", max_tokens=5) == student.generate("hello world", max_tokens=5)
+
+
+def test_the_same_run_twice_is_the_same(finished, tiny, tmp_path):
+    assert main([*tiny.options, f"run_dir={tmp_path / 'again'}"]) == 0  # recipe=distill is the default
+    assert weights(tmp_path / "again") == weights(finished)
+    first, second = (json.loads((run / "report.json").read_text()) for run in (finished, tmp_path / "again"))
+    for ours, theirs in zip(first["stages"], second["stages"], strict=True):
+        assert (ours["kl"], ours["perplexity"]) == (theirs["kl"], theirs["perplexity"])
+
+
+def test_bfloat16_and_all_layers(tiny, tmp_path):
+    """The reduced precision of new CPUs, 4 bits, and a budget that reaches into the local layers."""
+    run = tmp_path / "run"
+    options = ["recipe=factorize", "trainer.precision=bf16", "budget.bits=4", "budget.cache_ratio=6"]
+    assert main([*tiny.options, *options, f"run_dir={run}"]) == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["cache"]["ratio"] >= 6 and {row["bits"] for row in report["layers"]} == {4}
+    assert [s["name"] for s in report["stages"]] == ["teacher", "factorized"] and len(report["samples"]) == 3
+
+
+def test_export_of_each_stage(finished, tmp_path, capsys):
+    export([f"checkpoint={finished}", f"out={tmp_path / 'last'}"])
+    assert "exported the distilled model" in capsys.readouterr().out
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == weights(finished)
+    stage, folder = export_run(finished, tmp_path / "first", stage="factorized", dtype="float32")
+    assert stage == "factorized"
+    loaded = Gemma3ForMultimodalLMwithTPA.from_pretrained(folder)
+    assert torch.equal(loaded(IDS), rebuilt(finished, "factorized")[0](IDS))
+    card = (folder / "README.md").read_text()
+    assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
+
+
+def test_export_refuses(finished, tiny, tmp_path):
+    before = files(finished)
+    with pytest.raises(UserError, match="not a run folder"):
+        export([f"checkpoint={tiny.model}", f"out={tmp_path / 'x'}"])
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        export([f"checkpoint={finished}", f"out={finished}"])
+    begun = tmp_path / "begun"
+    RunFolder(begun).start(load_settings(finished), "")
+    with pytest.raises(UserError, match="no stage of this run is finished yet"):
+        export([f"checkpoint={begun}", f"out={tmp_path / 'x'}"])
+    assert finished_stages(RunFolder(begun, resume=True), load_settings(begun)) == []
+    assert not (tmp_path / "x").exists() and files(finished) == before
+
+
+def test_evaluate_reads_a_run_folder(finished, tiny, capsys):
+    evaluate([f"model={finished}", f"data.path={tiny.text}", f"data.cache_dir={tiny.cache}", "context=64",
+              "tokens=256", "copy=20", "cache_context=512", "device=cpu", "json=true"])  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    assert result["teacher"] == str(tiny.model) and result["stages"][1]["kl"] > 0 and result["cache"]["ratio"] >= 3
+
+
+def test_generate_streams_what_the_model_writes(finished, capsys):
+    expected = Gemma3ForMultimodalLMwithTPA.from_pretrained(finished / "export").generate("the hello", max_tokens=9)[0]
+    for model in (finished, finished / "export"):
+        generate([f"model={model}", "prompt=the hello", "max_tokens=9", "device=cpu"])
+        printed = capsys.readouterr()
+        assert printed.out == expected + "\n" and "tokens/s" in printed.err and "bytes" in printed.err
+    for wrong in ("max_tokens=0", "temperature=-1", "top_k=0", "top_p=2", "dtype=int8", "device=toaster"):
+        with pytest.raises(UserError, match=wrong.split("=")[0]):
+            generate([f"model={finished}", "prompt=x", wrong])
+
+
+def script(name, *arguments, stdin=""):
+    return subprocess.run([sys.executable, ROOT / "scripts" / name, *arguments], input=stdin, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+
+
+def test_scripts_as_a_person_runs_them(finished, tiny, tmp_path):
+    done = script("generate.py", f"model={tiny.model}", "prompt=-", "max_tokens=4", "device=cpu", stdin="the hello\n")
+    expected = continue_text(load_pretrained(tiny.model), "the hello", max_tokens=4)[0]
+    assert done.returncode == 0 and done.stdout == expected + "\n", done.stderr
+    done = script("export.py", f"checkpoint={tmp_path}", f"out={tmp_path / 'x'}")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} is not a run folder: there is no run.yaml in it.\n"
+
+
+def test_help_lists_what_can_be_chosen(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for part in ("recipe=distill", "budget=ratio4", "model=gemma3_270m", "budget.cache_ratio", "resume=true"):
+        assert part in said
