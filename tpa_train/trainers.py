@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -158,10 +159,30 @@ def make_trainer(
         enable_model_summary=False,
         log_every_n_steps=1,
         logger=loggers or False,
-        callbacks=[TQDMProgressBar(refresh_rate=1), *(callbacks or [])],
+        callbacks=[StageBar(), *(callbacks or [])],
         default_root_dir=folder,
         num_sanity_val_steps=0,
     )
+
+
+class StageBar(TQDMProgressBar):
+    """Lightning's bar with the stage's name and the time left; seldom redrawn where nobody watches (a log file)."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 25)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_args) -> None:
+        super().on_train_epoch_start(trainer, *_args)
+        self.train_progress_bar.set_description(getattr(trainer.lightning_module, "stage", "training"))
+
+    @property
+    def validation_description(self) -> str:
+        return "calibrating"
 
 
 def quiet_lightning() -> None:

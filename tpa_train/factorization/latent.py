@@ -1,8 +1,8 @@
 """Latent factors in closed form: the best rank-r keys and values under data-aware metrics (DESIGN §4).
 
 Minimising E‖M^½(k − UAx)‖² over rank-r maps has the solution of a principal component analysis in the metric: with E
-the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures the model's output, that of
-values the layer's output.
+the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures the model's output, that
+of values the layer's output.
 """
 
 from __future__ import annotations
