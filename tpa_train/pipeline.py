@@ -24,7 +24,7 @@ from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModu
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import Budget, allocate, layers_to_convert, validate_budget
 from tpa_train.factorization.calibration import Calibration, CalibrationModule
-from tpa_train.factorization.latent import key_basis, value_basis
+from tpa_train.factorization.latent import key_basis, output_metric, value_basis
 from tpa_train.factorization.sensitivity import Bases, build_student, measure_sensitivity
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
@@ -231,7 +231,11 @@ def factorize_model(session: Session) -> tuple[Gemma3ForMultimodalLMwithTPA, Sta
     def work() -> tuple:
         bases = bases_of(session, calibration)
         specs, measured = choose_ranks(session, bases)
-        return build_student(session.teacher, bases, specs), measured
+        student = build_student(session.teacher, bases, specs)
+        student.output_metrics = {
+            i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
+        }
+        return student, measured
 
     (student, measured), seconds, peak = timed(session.machine, work)
     return student, StageCost(cost.tokens, cost.seconds + seconds, max(cost.peak_gib, peak)), measured

@@ -24,12 +24,14 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, specs_to_dicts
 
 FACTORS = "factors"  # state/factors.safetensors; the other stages' files have their reported names
+METRIC = "output_metric."  # of a layer, in the same file
 REPORTED_AS = {"factorize": "factorized", "layerwise": "layerwise", "distill": "distilled"}
 
 
 def save_factorized(folder: RunFolder, student: Gemma3ForMultimodalLMwithTPA, **facts: Any) -> None:
     """Records the converted model; ``facts`` go into progress.json beside its specifications."""
-    folder.save_tensors(FACTORS, student_factors(student))
+    metrics = {f"{METRIC}{layer}": root for layer, root in student.output_metrics.items()}
+    folder.save_tensors(FACTORS, student_factors(student) | metrics)
     folder.record(specs=specs_to_dicts(student.specs), **facts)
 
 
@@ -43,7 +45,11 @@ def load_factorized(folder: RunFolder, teacher: Gemma3ForCausalLM) -> Gemma3ForM
         return None
     factors = folder.load_tensors(FACTORS, teacher.head_weight.device)
     specs = [LayerSpec(**spec) for spec in folder.progress["specs"]]
-    return Gemma3ForMultimodalLMwithTPA.from_dense(teacher, specs, factors)
+    student = Gemma3ForMultimodalLMwithTPA.from_dense(teacher, specs, factors)
+    student.output_metrics = {
+        int(name.removeprefix(METRIC)): root for name, root in factors.items() if name.startswith(METRIC)
+    }
+    return student
 
 
 def load_stage(folder: RunFolder, student: Gemma3ForMultimodalLMwithTPA, stage: str) -> bool:

@@ -118,8 +118,18 @@ def linear_kl(
         return _LinearKL.apply(student, teacher.detach(), student_head, teacher_head.detach(), weights)
 
 
-def normalised_error(output: Tensor, target: Tensor) -> Tensor:
-    """Returns Σ‖output − target‖² / Σ‖target‖², a scalar in float32 or wider; 1 is as bad as predicting zero."""
+def normalised_error(output: Tensor, target: Tensor, root: Tensor | None = None) -> Tensor:
+    """Returns Σ‖M^½(output − target)‖² / Σ‖M^½ target‖², a scalar in float32 or wider; 1 is as bad as predicting zero.
+
+    Args:
+        output, target: [..., D].
+        root: M^½ [D, D], symmetric; the identity when left out.
+    """
     wide = accumulation_dtype(target.dtype)
-    difference = output.to(wide) - target.to(wide)
-    return difference.square().sum() / target.to(wide).square().sum().clamp_min(torch.finfo(wide).tiny)
+    target = target.to(wide)
+    difference = output.to(wide) - target
+    if root is not None:
+        with torch.autocast(target.device.type, enabled=False):
+            root = root.to(wide)
+            difference, target = difference @ root, target @ root
+    return difference.square().sum() / target.square().sum().clamp_min(torch.finfo(wide).tiny)

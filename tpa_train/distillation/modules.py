@@ -184,8 +184,9 @@ def layer_errors(
 ) -> dict[int, Tensor]:
     """Returns each converted attention's normalised output error when it is given the teacher's input.
 
-    The error is taken after the post-attention norm, which is what the residual stream receives: each token counts by
-    the direction of its update, not by its length.
+    The error is measured by what it does to the model's output (``student.output_metrics``, from calibration). A plain
+    mean square of a Gemma 3 attention output is ruled by a few large channels: training on it, or on the output after
+    the post-attention norm, lowered the error in every layer of the 270M and raised the KL.
 
     Args:
         batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
@@ -196,9 +197,11 @@ def layer_errors(
         teacher.run_layers(teacher.embed(ids), context, stop=layers[-1] + 1)
     errors = {}
     for index, record in records.items():
-        norm = teacher.layers[index].post_attention_layernorm
+        root = student.output_metrics.get(index)
+        if root is not None and root.device != ids.device:
+            root = student.output_metrics[index] = root.to(ids.device)
         output = student.layers[index].self_attn(record.input, record.context)
-        errors[index] = normalised_error(norm(output), norm(record.output))
+        errors[index] = normalised_error(output, record.output, root)
     return errors
 
 

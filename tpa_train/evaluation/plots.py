@@ -162,7 +162,7 @@ def plot_layer_errors(
     Args:
         path: PNG to write.
         layers: indices of the converted layers.
-        before, after: error energy over the teacher's output energy (normalised MSE), by layer.
+        before, after: error energy over the teacher's output energy in the metric of ``layer_errors``, by layer.
         kinds: "global" or "local" of each; named under the axis.
     """
     x = np.arange(len(layers))
@@ -178,7 +178,7 @@ def plot_layer_errors(
             for bars in groups:
                 axis.bar_label(bars, fmt="%.2g", padding=2, fontsize=7)
         axis.set_xticks(x, labels)
-        axis.set_title("Attention output error (normalised MSE)")
+        axis.set_title("Attention output error, as it reaches the model's output")
         axis.set_xlabel("layer, each given the teacher's input")
         _room_above(axis, 0.35)  # two lines of legend fit over the tallest bar
         axis.legend(loc="upper left")

@@ -8,6 +8,7 @@ Per layer and KV head, sums in float64:
   form: a metric M = Σ g_s g_sᵀ and a second moment C = Σ w_s k̃_s k̃_sᵀ of k̃ = k / rms(k), with w_s the size of g_s in
   that metric. RoPE, attention and everything above the layer are inside the gradient. On the 270M this takes the KL of
   keys truncated to rank 48 from .210 (metric of attention logits, DESIGN §4) to .138.
+* attention outputs: their Fisher information by the same gradients, the metric of the layer-wise recovery;
 * values: weight, mean and second moment of v under Σ_t a_ts² — the squared attention, because errors of different
   tokens add up independently in an attention output.
 
@@ -37,8 +38,9 @@ LEVERAGE_FLOOR = 1e-6  # of the metric's mean eigenvalue; a batch smaller than h
 
 @dataclass
 class LayerMoments:
-    """Sums of one layer, float64. G KV heads, d head_dim."""
+    """Sums of one layer, float64. G KV heads, d head_dim, D hidden size."""
 
+    output_fisher: Tensor  # [D, D], with respect to the attention's output (before the post-attention norm), nats
     key_fisher: Tensor  # [G, d, d], with respect to k̃ (before 1 + w_k and RoPE), nats
     key_weight: Tensor  # [G]
     key_first: Tensor  # [G, d]
@@ -49,8 +51,8 @@ class LayerMoments:
 
     @classmethod
     def zeros(cls, config: Gemma3Config, device: torch.device | str = "cpu") -> LayerMoments:
-        g, d = config.num_kv_heads, config.head_dim
-        shapes = ((g, d, d), (g,), (g, d), (g, d, d), (g,), (g, d), (g, d, d))
+        g, d, width = config.num_kv_heads, config.head_dim, config.hidden_size
+        shapes = ((width, width), (g, d, d), (g,), (g, d), (g, d, d), (g,), (g, d), (g, d, d))
         return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -191,9 +193,12 @@ class CalibrationModule(L.LightningModule):
             hidden = self.model.norm(x)[:, every - 1 :: every].flatten(0, 1)
             with torch.autocast(self.device.type, enabled=False):
                 score = sampled_score(hidden.detach(), self.model.head_weight, self._generator) * every**0.5
-            gradients = torch.autograd.grad(hidden, [records[i].probe for i in self.layers], score)
-        for index, gradient in zip(self.layers, gradients, strict=True):
-            self._accumulate(index, records[index], gradient, context)
+            probes = [p for i in self.layers for p in (records[i].key_probe, records[i].output_probe)]
+            gradients = torch.autograd.grad(hidden, probes, score)
+        for index, keys, output in zip(self.layers, gradients[::2], gradients[1::2], strict=True):
+            output = output.flatten(0, 1).double()
+            self._moments[index].output_fisher += output.T @ output
+            self._accumulate(index, records[index], keys, context)
         self._tokens += ids.numel()
         self._context = max(self._context, ids.shape[1])
 
@@ -233,12 +238,13 @@ class _Record:
 
     input: Tensor  # [B, L, D]
     raw_keys: Tensor  # [B, L, G, d], before QK-norm
-    probe: Tensor  # zeros [B, L, G, d] added to the normalised keys, to differentiate by
+    key_probe: Tensor  # zeros [B, L, G, d] added to the normalised keys, to differentiate by
+    output_probe: Tensor | None = None  # zeros [B, L, D] added to the attention's output
 
 
 @contextmanager
 def _probes(model: Gemma3ForCausalLM, layers: list[int]) -> Iterator[dict[int, _Record]]:
-    """Records the layers' inputs and keys, and adds a differentiable zero to their normalised keys."""
+    """Records the layers' inputs and keys, and adds differentiable zeros to their normalised keys and outputs."""
     records: dict[int, _Record] = {}
     inputs: dict[int, Tensor] = {}
 
@@ -256,11 +262,19 @@ def _probes(model: Gemma3ForCausalLM, layers: list[int]) -> Iterator[dict[int, _
 
         return hook
 
+    def behind_attention(index: int):
+        def hook(_module, args: tuple, output: Tensor) -> Tensor:
+            records[index].output_probe = torch.zeros_like(output).requires_grad_()
+            return output + records[index].output_probe
+
+        return hook
+
     handles = []
     for index in layers:
         attention = model.layers[index].self_attn
         handles.append(attention.register_forward_pre_hook(before(index)))
         handles.append(attention.k_norm.register_forward_hook(behind_norm(index)))
+        handles.append(attention.register_forward_hook(behind_attention(index)))
     try:
         yield records
     finally:

@@ -112,3 +112,14 @@ def latent_value_factors(attention: Attention, basis: Basis, rank: int) -> dict[
         # Latents are read without their center, so the layer's output owes the whole mean.
         "values.bias": torch.einsum("ghod,gd->o", heads, basis.mean),
     }
+
+
+def output_metric(moments: LayerMoments, tokens: int) -> Tensor:
+    """Returns F^½ [D, D] (float32) of a layer's attention output: ‖F^½ δ‖²/2 is the KL of an error δ, in nats a token.
+
+    Args:
+        moments: of the layer.
+        tokens: that they were gathered on.
+    """
+    fisher = moments.output_fisher / tokens
+    return symmetric_power(fisher + SMALLEST_METRIC * torch.eye(fisher.shape[-1], dtype=fisher.dtype), 0.5).float()

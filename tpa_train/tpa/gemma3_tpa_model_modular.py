@@ -61,6 +61,8 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
             raise UserError(f"{len(specs)} layer specifications were given for {config.num_layers} layers.")
         self.specs = specs  # before the base class builds the layers
         super().__init__(config)
+        # F^½ [D, D] of converted layers' attention outputs, where calibrated: what layer-wise recovery measures with.
+        self.output_metrics: dict[int, Tensor] = {}
 
     def _build_attention(self, index: int) -> Attention:
         spec = self.specs[index]
