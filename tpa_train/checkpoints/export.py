@@ -112,10 +112,11 @@ def verify_export(
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(0, student.config.vocab_size, (1, 64), generator=generator)
     token_ids = token_ids.cpu()
-    original, exported = _widened(student), load_export(folder, dtype=torch.float32)
-    ours, theirs = original.hidden_states(token_ids)[0], exported.hidden_states(token_ids)[0]
-    our_head, their_head = original.head_weight, exported.head_weight
-    worst = max(float((ours @ a.T - theirs @ b.T).abs().max())
+    ours = _widened(student).hidden_states(token_ids)[0]  # one float32 copy of the model at a time
+    exported = load_export(folder, dtype=torch.float32)
+    theirs = exported.hidden_states(token_ids)[0]
+    our_head, their_head = student.head_weight.cpu(), exported.head_weight
+    worst = max(float((ours @ a.float().T - theirs @ b.T).abs().max())
                 for a, b in zip(our_head.split(32_768), their_head.split(32_768), strict=True))  # fmt: skip
     if exact and not worst <= LOGIT_TOLERANCE:
         raise UserError(f"the exported logits differ from the student's by {worst:.2g}; nothing was exported.")
