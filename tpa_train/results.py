@@ -132,7 +132,7 @@ def make_report(
         command=progress.get("command", command),
         evaluation={
             "text": f"held-out part of data={settings.data.kind}", "context": settings.evaluation.context,
-            "documents": "joined",
+            "documents": "joined" if settings.data.join_documents else "kept apart",
         },
         samples=progress.get("samples", []),
         layer_errors=progress.get("layer_errors", {}),
