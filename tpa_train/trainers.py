@@ -47,7 +47,8 @@ class Machine:
         return nullcontext
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{_threads()} CPU threads"
+        on_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, {self.settings.devices} device(s)"
 
     def reset_peak(self) -> None:
@@ -61,10 +62,6 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 def cpu_has_bf16() -> bool:

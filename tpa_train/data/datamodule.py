@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from tpa_train.data.packed import texts_twice, tokens_without_bos
 from tpa_train.data.packing import PackedDataset, PackedStream, TokenizerLike, pack
 from tpa_train.data.settings import DataSettings
 from tpa_train.errors import UserError, nearest
@@ -271,18 +272,13 @@ class PackedDataModule(lightning.LightningDataModule):
             UserError: fewer than C + count - 1 tokens are held out.
         """
         stream = self._heldout()
-        bos = stream.manifest.bos_id
-        tokens = np.asarray(stream.tokens)
-        tokens = torch.from_numpy(tokens[tokens != bos].astype(np.int64))
-        room = len(tokens) - distance
-        if distance < 1 or count < 1 or room < count - 1:
+        tokens = tokens_without_bos(stream)
+        if distance < 1 or count < 1 or len(tokens) - distance < count - 1:
             raise UserError(
                 f"{count} copy texts of {distance:,} tokens do not fit the {len(tokens):,} tokens held out; raise "
                 f"data.heldout_min_tokens (and data.max_tokens) or copy shorter texts."
             )
-        begins = [i * room // max(1, count - 1) for i in range(count)]
-        text = torch.stack([tokens[b : b + distance] for b in begins])  # [count, C]
-        return torch.cat([torch.full((count, 1), bos), text, text], dim=1)
+        return texts_twice(tokens, stream.manifest.bos_id, distance, count)
 
     def _heldout(self) -> PackedStream:
         self.setup()

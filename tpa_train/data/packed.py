@@ -180,6 +180,25 @@ class PackedDataset(Dataset):
         return {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids)}
 
 
+def tokens_without_bos(stream: PackedStream) -> torch.Tensor:
+    """Returns the stream's tokens, int64 [T], less its BOS ids: inside a copied text they would mark positions."""
+    tokens = np.asarray(stream.tokens)
+    return torch.from_numpy(tokens[tokens != stream.manifest.bos_id].astype(np.int64))
+
+
+def texts_twice(tokens: torch.Tensor, bos_id: int, distance: int, count: int) -> torch.Tensor:
+    """Returns ``count`` copy texts, int64 [count, 1 + 2C]: BOS, then the same C = ``distance`` tokens twice.
+
+    Args:
+        tokens: int64 [T] with T ≥ C; the texts start at evenly spaced places and overlap where T is short.
+        bos_id, distance, count: as above.
+    """
+    room = len(tokens) - distance
+    begins = [i * room // max(1, count - 1) for i in range(count)]
+    text = torch.stack([tokens[b : b + distance] for b in begins])  # [count, C]
+    return torch.cat([torch.full((count, 1), bos_id), text, text], dim=1)
+
+
 class temporary_folder:
     """A folder beside ``final`` that becomes ``final`` when the block succeeds and disappears when it fails.
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tpa_train.distillation.capture import capture_attention
 from tpa_train.distillation.losses import linear_kl, normalised_error
 from tpa_train.errors import UserError, nearest
-from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -276,7 +275,7 @@ class EndToEndModule(RecoveryModule):
         for index in range(self.first, self.teacher.config.num_layers):
             with torch.no_grad():
                 x_teacher = self.teacher.layers[index](x_teacher, context)
-            x_student = self._student_layer(index, x_student, context)
+            x_student = self.student.layers[index](x_student, context)
             if weight > 0:
                 hidden_error = hidden_error + normalised_error(x_student, x_teacher)
         hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
@@ -291,6 +290,3 @@ class EndToEndModule(RecoveryModule):
         if weight > 0:
             metrics["hidden_error"] = hidden_error.detach()
         return kl + weight * hidden_error, metrics
-
-    def _student_layer(self, index: int, x: Tensor, context: AttentionContext) -> Tensor:
-        return self.student.layers[index](x, context)

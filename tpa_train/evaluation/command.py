@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
@@ -296,19 +295,13 @@ def evaluation_text(
 
 
 def _copy_texts(stream: Any, distance: int, count: int) -> Tensor:
-    """Returns BOS and the same ``distance`` tokens twice, int64 [count, 1 + 2C], from evenly spaced places.
+    """Returns ``texts_twice`` of the stream, int64 [count, 1 + 2C]; UserError if the text is too short."""
+    from tpa_train.data.packed import texts_twice, tokens_without_bos
 
-    BOS ids inside the text are left out: they would mark positions to attend to.
-    """
-    bos = stream.manifest.bos_id
-    tokens = np.asarray(stream.tokens)
-    tokens = torch.from_numpy(tokens[tokens != bos].astype(np.int64))
-    room = len(tokens) - distance
-    if room < 0:
+    tokens = tokens_without_bos(stream)
+    if len(tokens) < distance:
         raise UserError(f"copy={distance} needs {distance:,} tokens of text, there are {len(tokens):,}; copy less.")
-    begins = [i * room // max(1, count - 1) for i in range(count)]
-    text = torch.stack([tokens[b : b + distance] for b in begins])
-    return torch.cat([torch.full((count, 1), bos), text, text], dim=1)
+    return texts_twice(tokens, stream.manifest.bos_id, distance, count)
 
 
 def answer(teacher: Any, student: Any, path: str, questions: list[Question], progress: bool) -> SuiteResult:
