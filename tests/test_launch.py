@@ -45,7 +45,7 @@ def test_report_has_the_documented_schema(report, tiny, finished):
         assert {"name", "tokens", "seconds", "perplexity", "kl", "top1", "copy_accuracy"} <= set(stage)
         assert set(stage["copy_accuracy"]) == {"20", "40"}
     layer = {"index", "kind", "form_k", "rank_k", "form_v", "rank_v", "bits", "bytes_per_token"}
-    assert [set(row) for row in report["layers"]] == [layer] * 7
+    assert len(report["layers"]) == 7 and all(layer <= set(row) for row in report["layers"])
     assert report["command"].startswith("python scripts/train.py recipe=distill") and "torch" in report["versions"]
 
 

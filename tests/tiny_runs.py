@@ -54,7 +54,8 @@ def training_options(text: Path, cache: Path) -> list[str]:
         "data=text", f"data.path={text}", f"data.cache_dir={cache}", "data.split_chars=4000", "trainer=cpu",
         "trainer.context=64", "trainer.batch_size=2", "trainer.precision=float32", "recipe.calibration.tokens=512",
         "recipe.calibration.sensitivity_tokens=128", f"recipe.layerwise.tokens={tokens}",
-        f"recipe.distill.tokens={tokens}", "budget.context=512", "budget.cache_ratio=3", "budget.bits=8",
+        f"recipe.distill.tokens={tokens}", "budget.context=512", "budget.cache_ratio=5", "budget.bits=8",
+        "budget.forms=latent",
     ]  # fmt: skip
 
 

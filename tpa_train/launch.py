@@ -15,8 +15,11 @@ from tpa_train.checkpoints.export import export_model
 from tpa_train.errors import UserError
 from tpa_train.evaluation.report import model_card, write_report
 from tpa_train.evaluation.suites import Evaluator, greedy_samples
+from tpa_train.factorization.sensitivity import Probe
+from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.interrupts import Interrupted, InterruptHandler, SaveAndStop
 from tpa_train.pipeline import (
+    Measured,
     Session,
     StageCost,
     check_against_model,
@@ -52,18 +55,18 @@ class Run:
     Args:
         settings: checked here before anything is written.
         command: as the user typed it; goes into the report.
-        out: print function (rank zero only).
+        loaded: the teacher, where a sweep has it already.
 
     Raises:
         UserError: the settings, the folder or the model are at fault.
     """
 
-    def __init__(self, settings: RunSettings, command: str) -> None:
+    def __init__(self, settings: RunSettings, command: str, loaded: Gemma3ForCausalLM | None = None) -> None:
         path = Path(settings.run_dir) if settings.run_dir else default_folder(settings)
         settings.run_dir = str(path)
         self.settings, self.command = settings, command
         self.folder = RunFolder(path, settings.resume)
-        self.session = Session(settings, path / "logs")
+        self.session = Session(settings, path / "logs", loaded)
         # What "auto" came to is stored: a run that goes on elsewhere, or is exported, computes as it began.
         settings.trainer.precision = "bf16" if self.session.machine.dtype == torch.bfloat16 else "float32"
         self.handler = InterruptHandler()
@@ -97,12 +100,13 @@ class Run:
     def _load(self) -> None:
         """Reads the model, checks everything against it, and only then creates the folder."""
         start = time.perf_counter()
-        say(f"loading {model_path(self.settings)}")
+        if self.session.loaded is None:
+            say(f"loading {model_path(self.settings)}")
         teacher = self.session.teacher
         check_against_model(self.settings, teacher.config)
         say(f"  {teacher.source.description}, loaded in {time.perf_counter() - start:.1f} s")
         self.session.data  # noqa: B018 - packs the text; empty data is refused here
-        self._evaluator = self._make_evaluator()
+        self._evaluator = make_evaluator(self.session)
         self.folder.start(self.settings, self.command)
         say(self.banner())
 
@@ -110,6 +114,7 @@ class Run:
         """Returns what will run, on what, and for how many tokens."""
         s, config = self.settings, self.session.config
         dense = cache_bytes(config, dense_specs(config), s.budget.context)
+        widths = "/".join(map(str, self.session.budget.bits))
         lines = [
             "",
             f"  recipe      {s.recipe.name}: {' → '.join(s.recipe.stages)} → export",
@@ -117,7 +122,7 @@ class Run:
             f"({config.layer_kinds.count('global')} global), D {config.hidden_size}, "
             f"{config.num_heads}/{config.num_kv_heads} heads of {config.head_dim}",
             f"  cache       {dense / 2**20:.1f} MiB a sequence at {s.budget.context:,} tokens → at most "
-            f"{dense / s.budget.cache_ratio / 2**20:.1f} MiB (÷{s.budget.cache_ratio:g}, {s.budget.bits} bits)",
+            f"{dense / s.budget.cache_ratio / 2**20:.1f} MiB (÷{s.budget.cache_ratio:g}, {widths} bits)",
             f"  machine     {self.session.machine.describe()}",
             f"  training    {self._plan()}",
             f"  evaluation  {s.evaluation.tokens:,} held-out tokens at {s.evaluation.context:,}, copy "
@@ -170,15 +175,6 @@ class Run:
         rounded = max(1, round(minutes))
         return f"about {rounded} minute{'s' * (rounded > 1)}, judged by one forward pass"
 
-    def _make_evaluator(self) -> Evaluator:
-        s = self.settings.evaluation
-        data = self.session.data
-        rows = data.heldout_rows(s.tokens, s.context)
-        copies = {c: data.copy_texts(c, s.copy_count) for c in s.copy}
-        return Evaluator(
-            self.session.teacher, rows, copies, autocast=self.session.machine.autocast, max_copy_tokens=s.copy_tokens
-        )
-
     # --------------------------------------------------------------------------------------------------------- stages
 
     def _done(self, name: str) -> bool:
@@ -207,14 +203,27 @@ class Run:
         if self.student is not None:
             cost = StageCost(**self.folder.progress["factorize_cost"])
         else:
-            self.student, cost, measured = factorize_model(self.session)
-            save_factorized(self.folder, self.student, sensitivities=measured, factorize_cost=vars(cost))
+            self.student, cost, allocation = self._convert()
+            save_factorized(self.folder, self.student, allocation=allocation, factorize_cost=vars(cost))
         say(self._rank_line())
         self._measure("factorized", self.student, cost)
 
+    def _convert(self) -> tuple[Gemma3ForMultimodalLMwithTPA, StageCost, dict[str, float]]:
+        """Factorizes; sensitivities are recorded as soon as they are measured, and taken from there after a stop."""
+        progress = self.folder.progress
+        known = {Probe.parse(text): kl for text, kl in progress.get("sensitivities", {}).items()}
+        balances = {int(layer): balance for layer, balance in progress.get("balances", {}).items()}
+
+        def record(measured: Measured) -> None:
+            found = {str(probe): kl for probe, kl in measured.sensitivities.items()}
+            self.folder.record(sensitivities=found, balances=measured.bases.balances)
+
+        student, cost, _, allocation = factorize_model(self.session, known, balances, record)
+        return student, cost, allocation
+
     def _rank_line(self) -> str:
-        parts = [f"{i}: K {s.rank_k} V {s.rank_v}" for i, s in enumerate(self.student.specs) if s.converted]
-        return f"ranks by layer  {';  '.join(parts)}"
+        lines = [f"  {i:>3}  {spec.describe()}" for i, spec in enumerate(self.student.specs) if spec.converted]
+        return "\n".join(["layers converted (form rank @ bits of its groups)", *lines])
 
     def _recover(self, stage: str) -> None:
         if load_stage(self.folder, self.student, stage):
@@ -275,6 +284,14 @@ class Run:
         return self.folder.path / "report.md"
 
 
+def make_evaluator(session: Session) -> Evaluator:
+    """Returns what measures every student of the session alike."""
+    s, data = session.settings.evaluation, session.data
+    rows = data.heldout_rows(s.tokens, s.context)
+    copies = {c: data.copy_texts(c, s.copy_count) for c in s.copy}
+    return Evaluator(session.teacher, rows, copies, autocast=session.machine.autocast, max_copy_tokens=s.copy_tokens)
+
+
 @rank_zero_only
 def say(text: str) -> None:
     print(text, flush=True)
@@ -286,12 +303,16 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: an option, a file or the model is at fault.
     """
-    from tpa_train.recipes import compose, help_text
+    from tpa_train.recipes import MULTIRUN, compose, help_text
 
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h", "help") for a in argv):
         print(help_text())
         return 0
+    if any(a in MULTIRUN for a in argv):
+        from tpa_train.sweep import main as sweep  # it runs what is defined here
+
+        return sweep([a for a in argv if a not in MULTIRUN])
     settings = compose(argv)
     run = Run(settings, "python scripts/train.py " + shlex.join(argv))
     try:

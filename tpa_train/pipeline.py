@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,20 @@ from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
-from tpa_train.factorization.allocation import Budget, allocate, layers_to_convert, validate_budget
+from tpa_train.factorization.allocation import (
+    FORMS,
+    Budget,
+    allocate,
+    joint_groups,
+    layer_choices,
+    layers_to_convert,
+    plan_probes,
+    validate_budget,
+)
 from tpa_train.factorization.calibration import Calibration, CalibrationModule
-from tpa_train.factorization.latent import key_basis, output_metric, value_basis
-from tpa_train.factorization.sensitivity import Bases, build_student, measure_sensitivity
+from tpa_train.factorization.latent import output_metric
+from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
+from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
@@ -34,7 +44,7 @@ from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
 
 STAGES = ("factorize", "layerwise", "distill")
-PROBE_SHARE = 4  # sensitivities are measured at rank head_dim / 4, near what budgets end up with
+BALANCES = (0.25, 1.0, 4.0)  # tried for the joint latent, times the ratio of the measured slopes of V and K
 
 
 @dataclass
@@ -51,6 +61,15 @@ class StageCost:
 
 
 @dataclass
+class Measured:
+    """What factorizing rests on: calibrated directions, and measured sensitivities by probe."""
+
+    bases: Bases
+    sensitivities: dict[Probe, float]
+    cost: StageCost  # of the calibration
+
+
+@dataclass
 class Session:
     """Settings, machine, teacher and data of one run.
 
@@ -61,6 +80,7 @@ class Session:
     settings: RunSettings
     folder: Path  # Lightning's scratch root
     loaded: Gemma3ForCausalLM | None = None  # the teacher, where the caller has it already
+    measured: Measured | None = None  # from an earlier run with the same model, data and calibration
     machine: Machine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +103,7 @@ class Session:
 
     @property
     def budget(self) -> Budget:
-        b = self.settings.budget
-        return Budget(b.cache_ratio, b.context, b.bits, b.multiple)
+        return budget_of(self.settings, self.config)
 
     @cached_property
     def data(self) -> PackedDataModule:
@@ -106,6 +125,23 @@ class Session:
         devices = trainer.devices if isinstance(trainer.devices, int) else 1
         per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
         return -(-getattr(self.settings.recipe, stage).tokens // per_step)
+
+
+def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
+    """Returns the budget that the settings describe for this model.
+
+    Raises:
+        UserError: bits or forms are of another kind than documented.
+    """
+    b = settings.budget
+    bits = [b.bits] if isinstance(b.bits, int) else list(b.bits) if isinstance(b.bits, (list, tuple)) else []
+    if not all(isinstance(width, int) for width in bits):
+        raise UserError(f"budget.bits={b.bits} must be a width like 8, or a list of them like [16,8,4].")
+    forms = b.forms
+    if forms == "auto":
+        forms = ["joint"] if config.num_kv_heads == 1 else list(FORMS)
+    forms = [forms] if isinstance(forms, str) else list(forms)
+    return Budget(b.cache_ratio, b.context, tuple(sorted(set(bits), reverse=True)), b.multiple, tuple(forms))
 
 
 def model_path(settings: RunSettings) -> Path:
@@ -153,7 +189,7 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
         UserError: see the message.
     """
     budget = settings.budget
-    validate_budget(config, Budget(budget.cache_ratio, budget.context, budget.bits, budget.multiple))
+    validate_budget(config, budget_of(settings, config))
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
         ("evaluation.context", settings.evaluation.context),
@@ -194,51 +230,137 @@ def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCo
     return calibration, StageCost(calibration.tokens, seconds, peak)
 
 
-def bases_of(session: Session, calibration: Calibration) -> Bases:
-    """Solves for the directions of every calibrated layer's keys and values."""
-    layers = session.teacher.layers
-    return Bases(
-        {i: key_basis(m, calibration.tokens) for i, m in calibration.layers.items()},
-        {i: value_basis(layers[i].self_attn, m) for i, m in calibration.layers.items()},
-    )
+def sensitivity_text(session: Session) -> Tensor:
+    """Returns the text [B, L] on which sensitivities are measured: not what the directions were calibrated on."""
+    rows = session.data.rows_of("distill")
+    tokens = session.settings.recipe.calibration.sensitivity_tokens
+    dataset, context = session.data.train_dataset, session.data.context
+    ids = torch.stack([dataset[int(i)]["token_ids"] for i in rows[: max(1, tokens // context)]])
+    return ids[:, : max(1, tokens // len(ids))].to(session.machine.device)
 
 
-def choose_ranks(session: Session, bases: Bases) -> tuple[list[LayerSpec], dict[str, float]]:
-    """Measures sensitivities and spends the byte budget; returns the specifications and the measured KLs."""
-    layers = sorted(bases.keys)
-    config, budget = session.config, session.budget
-    rank = max(budget.multiple, config.head_dim // PROBE_SHARE)
-    rows = session.data.rows_of("calibration")
-    count = max(1, session.settings.recipe.calibration.sensitivity_tokens // session.data.context)
-    dataset = session.data.train_dataset
-    token_ids = torch.stack([dataset[int(i)]["token_ids"] for i in rows[:count]]).to(session.machine.device)
-    parts = [(layer, kind) for layer in layers for kind in "kv"]
-    with session.machine.autocast():
-        measured = measure_sensitivity(session.teacher, bases, parts, rank, token_ids)
-    specs = allocate(config, budget, layers, bases, measured, rank)
-    return specs, {f"{layer}.{kind}": kl for (layer, kind), kl in measured.items()}
+def measure(
+    session: Session, known: dict[Probe, float], balances: dict[int, float], budget: Budget | None = None
+) -> Measured:
+    """Calibrates, and measures what the allocation of ``budget`` (the session's) asks for and is not known yet.
+
+    Args:
+        session: the run; what ``session.measured`` holds is not done again.
+        known: sensitivities measured before.
+        balances: λ of the joint latents that ``known`` was measured with, by layer.
+    """
+    config, budget = session.config, budget or session.budget
+    layers = layers_to_convert(config, budget)
+    earlier = session.measured
+    if earlier is None or not set(layers) <= set(earlier.bases.keys):
+        calibration, cost = calibrate(session, layers)
+        earlier = Measured(Bases.of(session.teacher, calibration), {}, cost)
+    bases, found = earlier.bases, earlier.sensitivities
+    if not found:  # measured with these directions, in an interrupted run
+        found |= known
+        bases.balances |= balances
+    text = sensitivity_text(session)
+
+    def probe(probes: list[Probe]) -> dict[Probe, float]:
+        with session.machine.autocast():
+            return measure_sensitivity(session.teacher, bases, [p for p in probes if p not in found], text)
+
+    plan = plan_probes(config, budget, layers)
+    if "joint" in budget.forms:
+        quarter = max(1, config.head_dim // 4)
+        found |= probe([Probe(layer, kind, "latent", quarter) for layer in layers for kind in "kv"])
+        for layer in [i for i in layers if i not in bases.balances]:
+            bases.balances[layer] = choose_balance(session, bases, found, layer, quarter, text)
+    found |= probe(plan)
+    session.measured = earlier
+    return earlier
 
 
-def factorize_model(session: Session) -> tuple[Gemma3ForMultimodalLMwithTPA, StageCost, dict[str, float]]:
-    """Calibrates, chooses ranks and converts.
+def choose_balance(
+    session: Session, bases: Bases, found: dict[Probe, float], layer: int, rank: int, text: Tensor
+) -> float:
+    """Returns λ of a layer's joint latent: the ratio of the slopes of V and K, measured at latents of ``rank``.
+
+    In global layers, where the bytes are, a few factors around it are measured and the best one is taken.
+    """
+    slope = {k: max(found[Probe(layer, k, "latent", rank)], 1e-9) / bases.part(layer, k).tail(rank) for k in "kv"}
+    if not session.config.is_global(layer):
+        return slope["v"] / max(slope["k"], 1e-300)
+    joint = Probe(layer, "kv", "joint", max(1, 2 * session.config.num_kv_heads * session.config.head_dim // 8))
+    tried = {}
+    for factor in BALANCES:
+        bases.balances[layer] = slope["v"] / max(slope["k"], 1e-300) * factor
+        with session.machine.autocast():
+            (kl,) = measure_sensitivity(session.teacher, bases, [joint], text).values()
+        tried[bases.balances[layer]] = kl
+    return min(tried, key=tried.get)
+
+
+def choose_specs(
+    session: Session, measured: Measured, budget: Budget | None = None
+) -> tuple[list[LayerSpec], dict[str, float]]:
+    """Spends the byte budget (the session's, where none is given).
+
+    Where several forms compete, the budget is also spent on each alone, and what costs the model's output least on the
+    sensitivity text wins: forms are modelled apart, so the model's errors differ between them.
 
     Returns:
-        The student, which shares everything unconverted with the teacher; tokens and time spent; measured KL of each
-        part truncated alone, by "layer.k" or "layer.v".
+        One specification a layer; the KL that the allocation expects ("expected") and the one measured ("measured").
     """
-    calibration, cost = calibrate(session, layers_to_convert(session.config, session.budget))
+    config, budget, bases = session.config, budget or session.budget, measured.bases
+    mixes = [budget.forms]
+    if len(budget.forms) > 1:
+        mixes += [(form,) for form in ("latent", "joint") if form in budget.forms]
+    candidates = []
+    for forms in mixes:
+        allowed, choices = replace(budget, forms=forms), {}
+        for layer in layers_to_convert(config, budget):
+            attention = session.teacher.layers[layer].self_attn
+            joint = joint_groups(config, allowed, bases, attention, layer) if "joint" in forms else None
+            choices[layer] = layer_choices(config, allowed, layer, bases, measured.sensitivities, joint)
+        candidates.append(allocate(config, allowed, choices))
+    text = sensitivity_text(session)
+    with session.machine.autocast():
+        kls = [output_kl(session.teacher, build_student(session.teacher, bases, c[0]), text) for c in candidates]
+    best = min(range(len(kls)), key=kls.__getitem__)
+    return candidates[best][0], {"expected": candidates[best][1], "measured": kls[best]}
+
+
+def convert(session: Session, measured: Measured, specs: list[LayerSpec]) -> Gemma3ForMultimodalLMwithTPA:
+    """Returns the student of ``specs``, which shares everything unconverted with the teacher."""
+    calibration = measured.bases.calibration
+    student = build_student(session.teacher, measured.bases, specs)
+    student.output_metrics = {
+        i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
+    }
+    return student
+
+
+def factorize_model(
+    session: Session,
+    known: dict[Probe, float] | None = None,
+    balances: dict[int, float] | None = None,
+    on_measured: Callable[[Measured], None] = lambda measured: None,
+) -> tuple[Gemma3ForMultimodalLMwithTPA, StageCost, Measured, dict[str, float]]:
+    """Calibrates, spends the budget and converts.
+
+    Args:
+        session: the run.
+        known, balances: measured before, by an interrupted run.
+        on_measured: called before anything is solved or converted, to record what was measured.
+
+    Returns:
+        The student; tokens and time spent; what was measured; the allocation's expected and measured KL.
+    """
 
     def work() -> tuple:
-        bases = bases_of(session, calibration)
-        specs, measured = choose_ranks(session, bases)
-        student = build_student(session.teacher, bases, specs)
-        student.output_metrics = {
-            i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
-        }
-        return student, measured
+        measured = measure(session, known or {}, balances or {})
+        on_measured(measured)
+        specs, expected = choose_specs(session, measured)
+        return convert(session, measured, specs), measured, expected
 
-    (student, measured), seconds, peak = timed(session.machine, work)
-    return student, StageCost(cost.tokens, cost.seconds + seconds, max(cost.peak_gib, peak)), measured
+    (student, measured, expected), seconds, peak = timed(session.machine, work)
+    return student, StageCost(measured.cost.tokens, seconds, max(measured.cost.peak_gib, peak)), measured, expected
 
 
 # ------------------------------------------------------------------------------------------------------------ recovery

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import typing
@@ -23,11 +24,13 @@ from tpa_train.settings import RunSettings
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 GROUPS = ("recipe", "model", "data", "trainer", "budget", "logger")
+MULTIRUN = ("--multirun", "-m")
 # The option that tells a group's choices apart: single options may have overridden the others.
 _IDENTITY = {
     "recipe": "recipe.stages", "model": "model.name", "data": "data.kind", "trainer": "trainer.accelerator",
     "budget": "budget.cache_ratio", "logger": "logger.kind",
 }  # fmt: skip
+_SEVERAL = "has several values; add --multirun to run them one after another."
 
 
 def choices(group: str) -> list[str]:
@@ -50,6 +53,7 @@ def option_keys(schema: type = RunSettings, prefix: str = "") -> dict[str, tuple
     return found
 
 
+@functools.cache  # read for every option of every job of a sweep
 def _comments(schema: type) -> dict[str, str]:
     """Returns the comment above (or behind) each field, base classes included."""
     comments: dict[str, str] = {}
@@ -110,6 +114,8 @@ def _checked(argument: str) -> str:
         raise UserError(f"'{argument}' is not of the form key=value{nearest(key, [*GROUPS, *options])}")
     if key in GROUPS:
         if value not in choices(key):
+            if "," in value:
+                raise UserError(f"{key}={value} {_SEVERAL}")
             raise UserError(f"{key}={value} is unknown{nearest(value, choices(key))}")
         return f"{key}={value}"
     if key not in options:
@@ -132,7 +138,11 @@ def _hydra(overrides: list[str]) -> Any:
             # The recipe files name a few options; the rest exist in the schema only, hence "+" where needed.
             return hydra_compose("train", overrides=[_additive(o) for o in overrides])
     except HydraException as error:
-        raise UserError(f"cannot read the options: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        ambiguous = re.match(r"Ambiguous value for argument '\+*(.*)'", said)  # Hydra's words for a comma list
+        if ambiguous:
+            raise UserError(f"{ambiguous[1]} {_SEVERAL}") from error
+        raise UserError(f"cannot read the options: {said}") from error
 
 
 def _additive(override: str) -> str:
@@ -145,7 +155,9 @@ def _resumed(settings: RunSettings, argv: list[str]) -> RunSettings:
     if not settings.run_dir:
         raise UserError("resume=true needs run_dir=: which run is to go on?")
     if not (Path(settings.run_dir) / "run.yaml").is_file():
-        raise UserError(f"resume=true, but there is no run in {settings.run_dir}; leave resume out to start one.")
+        sweep = (Path(settings.run_dir) / "sweep.json").is_file()
+        hint = "it holds a sweep: add --multirun." if sweep else "leave resume out to start one."
+        raise UserError(f"resume=true, but there is no run in {settings.run_dir}; {hint}")
     resumed = load_settings(settings.run_dir)
     asked, stored = OmegaConf.structured(settings), OmegaConf.structured(resumed)
     for argument in argv:
@@ -180,10 +192,12 @@ def load_settings(run: str | Path) -> RunSettings:
 def help_text() -> str:
     """Returns the help: what can be chosen, and every option with its default."""
     lines = [
-        "usage: python scripts/train.py [group=choice …] [option=value …]",
+        "usage: python scripts/train.py [--multirun] [group=choice …] [option=value …]",
         "",
         "Converts a pretrained Gemma 3 into Tensor Product Attention form, recovers its quality by distillation and",
         "exports it. Without arguments: recipe=distill on the packaged Gemma 3 270M.",
+        "With --multirun options may have several values, comma-separated: each combination is run, one after another,",
+        "and frontier.md sets quality against cache bytes.",
         "",
         "choices",
     ]
@@ -201,6 +215,7 @@ def help_text() -> str:
         "  python scripts/train.py recipe=distill",
         "  python scripts/train.py model.path=gemma-3-1b-it data=text data.path='notes/*.md' budget=ratio6",
         "  python scripts/train.py run_dir=runs/mine resume=true",
+        "  python scripts/train.py --multirun budget.cache_ratio=2,3,4,6,8 budget.bits=8",
     ]
     return "\n".join(lines)
 

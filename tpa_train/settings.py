@@ -30,10 +30,13 @@ class BudgetSettings:
     cache_ratio: float = 4.0
     # tokens of context at which that is counted
     context: int = 32_768
-    # width of every cached number of the converted layers: 16, 8 or 4 (group scales are counted)
-    bits: int = 16
+    # widths that cached numbers may have, one or a list out of 16, 8, 6, 4, 3, 2 (group scales are counted); 16 alone
+    # spends the budget on ranks only
+    bits: Any = field(default_factory=lambda: [16, 8, 4, 2])
     # ranks are multiples of this
     multiple: int = 8
+    # forms that compete, out of: latent, joint, contextual, constant_a; auto takes joint for one KV head, else all
+    forms: Any = "auto"
 
 
 @dataclass

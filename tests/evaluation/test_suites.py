@@ -10,7 +10,7 @@ from evaluation_models import CONFIG, dense_model, rows, tpa_model
 
 from tpa_train.errors import UserError
 from tpa_train.evaluation import suites
-from tpa_train.evaluation.suites import Evaluator, cache_report, formula_bytes, greedy_samples, layer_rows
+from tpa_train.evaluation.suites import Evaluator, cache_report, greedy_samples, layer_rows
 
 
 def _copy_texts(count=2, copied=20, seed=3):
@@ -140,7 +140,7 @@ def test_cache_bytes(teacher, bits, context):
     local = min(context, 8)
     tpa = {16: 2 * (8 + 6) * 2, 8: 2 * (8 + 4 + 6 + 4), 4: 2 * (4 + 4 + 3 + 4)}[bits]
     assert report.dense_bytes == dense * (5 * local + context)
-    assert report.tpa_bytes == 5 * dense * local + tpa * context == formula_bytes(student, context)
+    assert report.tpa_bytes == 5 * dense * local + tpa * context == student.cache_bytes(context)
     assert report.ratio == report.dense_bytes / report.tpa_bytes and report.allocated
 
 
@@ -153,7 +153,7 @@ def test_layer_rows(student, teacher):
     table = layer_rows(student)
     assert table[5] == {
         "index": 5, "kind": "global", "form_k": "latent", "rank_k": 8, "form_v": "latent", "rank_v": 6, "bits": 16,
-        "bytes_per_token": 56,
+        "bits_k": 16, "bits_v": 16, "bytes_per_token": 56,
     }  # fmt: skip
     assert table[0] == layer_rows(teacher)[0]
     assert (table[0]["form_k"], table[0]["rank_k"], table[0]["bytes_per_token"]) == ("dense", 16, 128)

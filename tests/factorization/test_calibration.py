@@ -130,7 +130,7 @@ def test_the_pass_adds_batches_and_leaves_the_model_alone(tmp_path):
     before = model(rows[0]["token_ids"][None])
     result = _calibrate(model, [5, 1], rows, tmp_path)
     assert (result.tokens, result.context, sorted(result.layers)) == (120, 30, [1, 5])
-    assert all(t.dtype == torch.float64 for m in result.layers.values() for t in m.tensors().values())
+    assert all(t.dtype == torch.float64 for m in result.layers.values() for t in m.sums().values())
     again = _calibrate(model, [5, 1], rows, tmp_path)
     other = _calibrate(model, [5, 1], rows, tmp_path, seed=1)
     for index, moments in result.layers.items():

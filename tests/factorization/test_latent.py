@@ -22,7 +22,9 @@ def random_moments(config, seed=0) -> LayerMoments:
     mean = torch.randn(g, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     outer = mean[:, :, None] * mean[:, None, :]
     moments = LayerMoments.zeros(config)
-    moments.key_fisher += 50 * _positive(g, d, seed)
+    own = 50 * _positive(g, d, seed)
+    for head in range(g):
+        moments.cross_fisher[head, :, head] += own[head]
     for kind in ("key", "value"):
         weight = torch.arange(2.0, 2.0 + g, dtype=torch.float64)
         setattr(moments, f"{kind}_weight", weight)

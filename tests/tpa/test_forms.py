@@ -62,9 +62,9 @@ def test_latent_keys_by_the_definition(groups, kind):
     k = torch.einsum("blgr,gdr->blgd", (x @ keys.down.weight.T).unflatten(-1, (groups, 3)), keys.up)
     rms = (k.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
     expected = apply_rotary(k / rms * (1 + keys.norm.weight), rotary)
-    entry = keys.write(x, rotary)
-    assert entry.shape == (2, 9, groups, 3) == (2, 9, *keys.shape)
-    torch.testing.assert_close(keys.read(entry, rotary), expected, rtol=0, atol=1e-12)
+    (entry,) = keys.write(x, rotary)
+    assert entry.shape == (2, 9, groups, 3)
+    torch.testing.assert_close(keys.read((entry,), rotary), expected, rtol=0, atol=1e-12)
     # The center only shifts what is cached.
     torch.testing.assert_close(
         torch.einsum("blgr,gdr->blgd", entry + keys.center, keys.up), k / rms, rtol=0, atol=1e-12
@@ -80,7 +80,7 @@ def test_latent_values_subtract_their_center_and_add_the_bias():
         p.normal_()
     x = torch.randn(1, 4, config.hidden_size, dtype=torch.float64)
     expected = (x @ values.down.weight.T).unflatten(-1, (4, 5)) - values.center
-    torch.testing.assert_close(values.write(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(values.write(x)[0], expected, rtol=0, atol=1e-12)
     heads = torch.randn(1, 4, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(
         values.output(heads), heads.flatten(-2) @ values.out.weight.T + values.bias, rtol=0, atol=1e-12
@@ -114,8 +114,8 @@ def test_gradients_reach_every_factor():
     "arguments,message",
     [
         ({"form_k": "latnet"}, "unknown TPA form 'latnet'; did you mean 'latent'"),
-        ({"form_v": "tucker?"}, "unknown TPA form 'tucker.'"),
-        ({"bits": 3}, "cache bits must be one of 16, 8, 4, not 3"),
+        ({"form_v": "tuker"}, "unknown TPA form 'tuker'; did you mean 'tucker'"),
+        ({"bits_k": 5}, "cache bits must be one of 16, 8, 6, 4, 3, 2, not 5"),
     ],
 )
 def test_bad_specifications_are_refused(arguments, message):

@@ -34,7 +34,7 @@ def _round_trip(x, bits):
     return decode(codes, scales, bits, x.shape[-1], x.dtype), scales
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_sees_exactly_what_the_cache_gives_back(bits, count, kind):
@@ -45,7 +45,7 @@ def test_training_sees_exactly_what_the_cache_gives_back(bits, count, kind):
     assert torch.equal(back, fake_quantize(x.clone().requires_grad_(), bits).detach())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_same_in_other_types(bits, dtype):
     x = _numbers(70).to(dtype)
@@ -55,7 +55,7 @@ def test_the_same_in_other_types(bits, dtype):
     assert torch.equal(back, fake_quantize(x.clone().requires_grad_(), bits).detach())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", ["normal", "shifted", "tiny", "large", "constant", "zero", "outlier"])
 def test_error_is_half_a_step_plus_the_rounding_of_the_bounds(bits, count, kind):
@@ -76,7 +76,7 @@ def test_error_is_half_a_step_plus_the_rounding_of_the_bounds(bits, count, kind)
         assert (error <= allowed * (1 + 1e-5) + 1e-6 * group.abs().amax(-1)).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_steps_are_as_small_as_the_bits_allow(bits):
     """The error also comes near half a step: a quantizer with half the levels would pass no longer."""
     x = torch.rand(64, 32, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_groups_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 1024.0])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_constants_that_float16_holds_are_exact(value, bits):
     x = torch.full((2, 40), value)
     assert torch.equal(fake_quantize(x, bits), x)
@@ -123,7 +123,7 @@ def test_any_finite_numbers_come_back_finite_and_the_same(values, bits):
     assert torch.isfinite(back).all() and torch.equal(back, fake_quantize(x, bits))
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 32, 5])
+@pytest.mark.parametrize("bits", [0, 1, 7, 32, 5])
 def test_other_widths_are_refused(bits):
-    with pytest.raises(UserError, match=f"must be one of 16, 8, 4, not {bits}"):
+    with pytest.raises(UserError, match=f"must be one of 16, 8, 6, 4, 3, 2, not {bits}"):
         check_bits(bits)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from tpa_train.distillation.capture import capture_attention
 from tpa_train.distillation.losses import linear_kl, normalised_error
+from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
 
 TrainScope = Literal["factors", "attention", "above", "all"]
+ADAM_EPS = 1e-12  # gradients of a mean over tokens are small, most of all those of widely scaled factors
 SCOPES = ("factors", "attention", "above", "all")
 
 
@@ -30,7 +32,7 @@ SCOPES = ("factors", "attention", "above", "all")
 class OptimizerSettings:
     """Learning rates and schedule of one stage."""
 
-    # of the factors, relative: each factor's rate is this times its root mean square, since factors differ in scale
+    # of the factors, relative to their own size, row by row and column by column, since latents differ in scale
     lr_factors: float = 3e-3
     # of the original's weights, where they train; absolute
     lr_original: float = 1e-4
@@ -140,20 +142,21 @@ class RecoveryModule(L.LightningModule):
         self._tokens = checkpoint["recovery"]["tokens"]
 
     def learning_rates(self) -> dict[str, float]:
-        """Returns the peak learning rate of every parameter that learns."""
-        rates = {}
-        for name, tensor in self.trained_tensors().items():
-            size = float(tensor.float().square().mean().sqrt())
-            rates[name] = self.settings.lr_factors * size if name in self._factors else self.settings.lr_original
-        return rates
+        """Returns the peak learning rate of every parameter that learns; a factor's is relative to its size."""
+        settings = self.settings
+        return {n: settings.lr_factors if n in self._factors else settings.lr_original for n in self.trained}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters, members = dict(self.student.named_parameters()), {}
+        parameters, members, groups = dict(self.student.named_parameters()), {}, []
         for name, rate in self.learning_rates().items():
-            members.setdefault(rate, []).append(parameters[name])
-        groups = [{"params": list_, "lr": rate} for rate, list_ in members.items()]
-        optimizer = torch.optim.AdamW(
-            groups, betas=tuple(self.settings.betas), weight_decay=0.0, fused=self.device.type == "cuda"
+            if name in self._factors:
+                scale = element_scale(parameters[name])
+                groups.append({"params": [parameters[name]], "lr": rate, "scale": scale})
+            else:
+                members.setdefault(rate, []).append(parameters[name])
+        groups += [{"params": list_, "lr": rate} for rate, list_ in members.items()]
+        optimizer = ScaledAdamW(
+            groups, betas=tuple(self.settings.betas), eps=ADAM_EPS, weight_decay=0.0, fused=self.device.type == "cuda"
         )
         rule: Callable[[int], float] = lambda step: schedule(step, self.total_steps, self.settings)  # noqa: E731
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)

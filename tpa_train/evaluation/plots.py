@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from tpa_train.evaluation.suites import StageResult
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
 BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#6E6E6E"
@@ -215,6 +217,78 @@ def plot_positions(path: str | Path, stages: Sequence[StageResult]) -> Path:
         axis.set_xlabel("tokens of context (upper edge of the bin)")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _save(figure, path)
+
+
+def plot_frontier(
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    dense_bytes: int | None = None,
+    context: int | None = None,
+    caption: str = "",
+) -> Path:
+    """KL against cache bytes, both on log axes: a line per mix, single points and "dense …" mixes as marks with names.
+
+    Args:
+        path: PNG to write.
+        rows: of ``evaluation.frontier``; those whose KL a log axis cannot show are left out.
+        dense_bytes: of the original's cache; ticks then name the ratio below the bytes.
+        context: tokens at which bytes are counted.
+        caption: small print under the axis.
+    """
+    rows = [row for row in rows if row["kl"] is not None and math.isfinite(row["kl"]) and row["kl"] > 0]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: r["bytes"]):
+        lines.setdefault(row["mix"], []).append(row)
+    marked = {mix: len(points) == 1 or mix.startswith("dense") for mix, points in lines.items()}
+    # Lines before marks, the toolkit's own first, better ones before worse ones.
+    order = sorted(lines, key=lambda m: (marked[m], not m.startswith("ours"), min(r["kl"] for r in lines[m])))
+    with plt.rc_context(STYLE | {"axes.grid.axis": "both"}):
+        figure, axis = plt.subplots(figsize=(7.4, 4.4), layout="constrained")
+        colors = itertools.cycle((BLUE, SKY, ORANGE, GREEN, RED, "#CC79A7"))  # the last: Okabe-Ito's purple
+        marks = itertools.cycle("sD^vP")
+        for mix in order:
+            points = lines[mix]
+            x, y = [r["bytes"] for r in points], [r["kl"] for r in points]
+            if not marked[mix]:
+                wide = 2.2 if mix.startswith("ours") else 1.4
+                axis.plot(x, y, color=next(colors), marker="o", ms=4, linewidth=wide, label=mix)
+                continue
+            axis.plot(x, y, color="black", linestyle="none", marker=next(marks), ms=6, label=mix)
+            for row in points:
+                text = axis.annotate(row["name"], (row["bytes"], row["kl"]), fontsize=7.5, xytext=(7, -8),
+                                     textcoords="offset points")  # fmt: skip
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable over lines
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        _plain_log_axis(axis.yaxis, [row["kl"] for row in rows])
+        _byte_ticks(axis, [row["bytes"] for row in rows], dense_bytes)
+        axis.set_title("KL(teacher ‖ student), nats, against cache bytes")
+        where = "cache of one sequence" + (f" at {context:,} tokens" if context else "")
+        below = "; below: times smaller than the original's" if dense_bytes else ""
+        axis.set_xlabel(where + below + (f"\n{caption}" if caption else ""))
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _save(figure, path)
+
+
+def _byte_ticks(axis: Any, sizes: Sequence[int], dense_bytes: int | None) -> None:
+    """Ticks at round ratios to the original (bytes over ratio), or at round powers of two of bytes."""
+    low, high = min(sizes) / 1.15, max(sizes) * 1.3  # names stand to the right of their marks
+    if dense_bytes:
+        ratios = [r for r in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if low <= dense_bytes / r <= high]
+        ticks = [dense_bytes / r for r in ratios] or [math.sqrt(low * high)]
+        labels = [f"{_short_bytes(t)}\n{dense_bytes / t:.3g}×" for t in ticks]
+    else:
+        ticks = [2.0**e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        ticks = ticks or [math.sqrt(low * high)]
+        labels = [_short_bytes(t) for t in ticks]
+    axis.set_xlim(low, high)
+    axis.set_xticks(ticks, labels)
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _short_bytes(count: float) -> str:
+    unit, size = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if count >= s), ("B", 1))
+    return f"{count / size:.3g} {unit}"
 
 
 def read_losses(path: str | Path, column: str | None = None) -> Curve | None:

@@ -24,6 +24,8 @@ from tpa_train.evaluation.metrics import (
     next_token_mask,
     score_tokens,
 )
+from tpa_train.tpa.entries import mean_bits
+from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 
 REAL_ALLOCATION_LIMIT = 2**30  # bytes; larger caches are counted on the meta device
 
@@ -263,49 +265,33 @@ def greedy_samples(
 
 
 def layer_rows(model: Any) -> list[dict[str, Any]]:
-    """Returns the report's layer table: ``index, kind, form_k, rank_k, form_v, rank_v, bits, bytes_per_token``.
+    """Returns the report's layer table: ``index, kind, form_k, rank_k, form_v, rank_v, bits, bytes_per_token``, and
+    ``bits_k``, ``bits_v`` where a layer has several widths.
 
-    A dense layer has form "dense" and head_dim as its rank; ranks are per KV head. Bytes are those of the buffers that
-    a bfloat16 cache sets aside for a token, quantization scales included.
+    A dense layer has form "dense" and head_dim as its rank. ``bits`` is the mean width of the groups of cached numbers.
+    Bytes are those of the buffers that a bfloat16 cache sets aside for a token, quantization scales included.
     """
     rows = []
     # One token on the meta device: what allocate_cache does, at no cost.
     buffers = model.allocate_cache(1, 1, dtype=torch.bfloat16, device="meta").buffers
-    for index, (layer, tensors) in enumerate(zip(model.layers, buffers, strict=True)):
-        attention = layer.self_attn
+    specs = specs_of(model)
+    for index, (layer, spec, tensors) in enumerate(zip(model.layers, specs, buffers, strict=True)):
+        bits = (mean_bits(spec.bits_k) + mean_bits(spec.bits_v)) / 2
         rows.append(
             {
-                "index": index,
-                "kind": attention.kind,
-                "form_k": getattr(attention, "form_k", "dense"),
-                "rank_k": getattr(attention, "rank_k", model.config.head_dim),
-                "form_v": getattr(attention, "form_v", "dense"),
-                "rank_v": getattr(attention, "rank_v", model.config.head_dim),
-                "bits": getattr(getattr(attention, "spec", None), "bits", 16),
+                "index": index, "kind": layer.self_attn.kind,
+                "form_k": spec.form_k, "rank_k": spec.rank_k, "form_v": spec.form_v, "rank_v": spec.rank_v,
+                "bits": int(bits) if bits == int(bits) else round(bits, 2),
+                "bits_k": spec.bits_k, "bits_v": spec.bits_v,
                 "bytes_per_token": sum(t.numel() * t.element_size() for t in tensors),
             }
-        )
+        )  # fmt: skip
     return rows
 
 
-def formula_bytes(model: Any, context: int) -> int:
-    """Returns Σ over layers of n_l(L)·c_l in bytes (DESIGN §2), from forms, ranks and bits alone.
-
-    c_l is G·d numbers for dense and G·r for latent keys or values; below 16 bits every 32 numbers of a head add a
-    scale and a minimum of 2 bytes each. A layer of another form counts what it says it stores.
-    """
-    config, total = model.config, 0
-    for row in layer_rows(model):
-        per_token = 0
-        for which in "kv":
-            if row[f"form_{which}"] not in ("dense", "latent"):
-                per_token = row["bytes_per_token"]
-                break
-            rank, bits = row[f"rank_{which}"], row["bits"]
-            scales = 0 if bits == 16 else 4 * -(-rank // 32)
-            per_token += config.num_kv_heads * (-(-rank * bits // 8) + scales)
-        total += config.cached_tokens(row["index"], context) * per_token
-    return total
+def specs_of(model: Any) -> list[LayerSpec]:
+    """Returns the layers' specifications, of a dense model too."""
+    return getattr(model, "specs", None) or dense_specs(model.config)
 
 
 def cache_report(teacher: Any, student: Any, context: int) -> CacheReport:
@@ -315,7 +301,7 @@ def cache_report(teacher: Any, student: Any, context: int) -> CacheReport:
     """
     bytes_of, allocated = [], True
     for model in (teacher, student):
-        expected = formula_bytes(model, context)
+        expected = cache_bytes(model.config, specs_of(model), context)
         device = "cpu" if expected <= REAL_ALLOCATION_LIMIT else "meta"
         allocated = allocated and device != "meta"
         actual = model.allocate_cache(1, context, dtype=torch.bfloat16, device=device).nbytes

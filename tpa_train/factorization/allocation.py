@@ -1,136 +1,262 @@
-"""Ranks from a byte budget: global layers first, bytes spent where they buy the most KL.
+"""Ranks, bits and forms from a byte budget: bytes are spent where they buy the most KL.
 
-A part (keys or values of one layer) truncated to rank r is modelled as costing KL(r) = s · tail(r), with tail(r) the
-calibrated squared error that rank r leaves and s fixed by one measurement of the model's output. Tails are convex in
-the rank, so spending greedily on the best KL per byte is optimal under the model.
+Every layer offers choices (``factorization.choices``) whose KLs add up under the model. Along the lower convex hulls of
+bytes against KL, buying the best KL per byte first is optimal; what is left in the end goes to the best single step
+that fits. Global layers count with the whole context, local ones with their window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpa_train.errors import UserError
-from tpa_train.factorization.sensitivity import Bases, Part
+from tpa_train.errors import UserError, nearest
+from tpa_train.factorization.choices import (
+    Choice,
+    Groups,
+    combine,
+    convex,
+    dense_choice,
+    latent_choices,
+    measured_choice,
+)
+from tpa_train.factorization.sensitivity import NOISE_BITS, Probe
+from tpa_train.factorization.solutions import Bases
 from tpa_train.gemma3.config import Gemma3Config
-from tpa_train.tpa.quantization import entry_bytes
+from tpa_train.tpa.entries import check_widths
+from tpa_train.tpa.quantization import BITS, GROUP
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 
-LOCAL_BELOW = 8  # local layers join when global layers alone would fall below head_dim / 8 numbers
+LOCAL_BELOW = 8  # without rounding, local layers join when global layers alone would fall below head_dim / 8 numbers
+FORMS = ("latent", "joint", "contextual", "constant_a")  # that a budget may choose from
+MEASURED_RANKS = 3  # contextual forms are measured at R = 1 … this
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the cache may cost.
+    """What the cache may cost, and what may be tried to meet it.
 
     ``cache_ratio``: how many times smaller than the original's own windowed bfloat16 cache.
     ``context``: tokens at which that is counted.
-    ``bits``: width of the cached latents (16, 8 or 4; scales are counted).
+    ``bits``: widths that cached numbers may have (scales are counted).
     ``multiple``: ranks are multiples of this.
+    ``forms``: that compete.
     """
 
     cache_ratio: float = 4.0
     context: int = 32_768
-    bits: int = 8
+    bits: tuple[int, ...] = (16, 8, 4, 2)
     multiple: int = 8
+    forms: tuple[str, ...] = ("latent",)
 
     def bytes(self, config: Gemma3Config) -> int:
         """Returns the bytes that the converted cache of one sequence may take."""
         return int(cache_bytes(config, dense_specs(config), self.context) / self.cache_ratio)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether anything may be cached in fewer than 16 bits."""
+        return min(self.bits) < 16
+
+    def group_size(self, config: Gemma3Config) -> int:
+        """Returns the latents that are bought at a time."""
+        return min(GROUP if self.rounds else self.multiple, config.head_dim)
+
 
 def validate_budget(config: Gemma3Config, budget: Budget) -> None:
-    """Refuses budgets that no rank can meet, before anything is computed.
+    """Refuses budgets that no choice can meet, before anything is computed.
 
     Raises:
         UserError: names the option, the best ratio that can be had, and what to change.
     """
     if budget.cache_ratio < 1:
         raise UserError(f"budget.cache_ratio={budget.cache_ratio:g} would enlarge the cache; use a ratio above 1.")
+    if not budget.bits:
+        raise UserError(f"budget.bits names no width; choose from {', '.join(map(str, BITS))}.")
+    check_widths(budget.bits)
     if budget.multiple < 1 or budget.multiple > config.head_dim:
         raise UserError(f"budget.multiple={budget.multiple} must lie between 1 and head_dim={config.head_dim}.")
     if budget.context < 1:
         raise UserError(f"budget.context={budget.context} must be at least 1 token.")
-    smallest = [_spec(config, budget, budget.multiple, budget.multiple) for _ in range(config.num_layers)]
-    least = cache_bytes(config, smallest, budget.context)
-    if least > budget.bytes(config):
-        best = cache_bytes(config, dense_specs(config), budget.context) / least
+    for form in budget.forms:
+        if form not in FORMS:
+            raise UserError(f"budget.forms: '{form}' cannot be chosen by a budget{nearest(form, FORMS)}")
+    if not {"latent", "joint"} & set(budget.forms):
+        raise UserError("budget.forms needs latent or joint: the other forms cannot meet every budget.")
+    rank, bits = budget.multiple, min(budget.bits)
+    if "latent" in budget.forms:
+        least = LayerSpec("latent", rank, "latent", rank, bits)
+    else:
+        least = LayerSpec("joint", rank, "joint", rank, bits)
+    smallest = cache_bytes(config, [least] * config.num_layers, budget.context)
+    if smallest > budget.bytes(config):
+        best = cache_bytes(config, dense_specs(config), budget.context) / smallest
         raise UserError(
             f"budget.cache_ratio={budget.cache_ratio:g} cannot be met at budget.context={budget.context}: even rank "
-            f"{budget.multiple} in every layer reaches only {best:.1f}; ask for less or lower budget.bits."
+            f"{rank} in every layer reaches only {best:.1f}; ask for less or allow fewer budget.bits."
         )
 
 
 def layers_to_convert(config: Gemma3Config, budget: Budget) -> list[int]:
-    """Returns the layers to convert: the global ones, and the local ones only when the budget asks for it."""
+    """Returns the layers that the budget may touch.
+
+    Local layers are worth converting for their bits; by rank alone only when the global layers cannot carry the budget.
+    """
     globals_ = [i for i in range(config.num_layers) if config.is_global(i)]
+    everything = list(range(config.num_layers))
+    if budget.rounds or not globals_:
+        return everything
     specs = dense_specs(config)
     floor = max(budget.multiple, config.head_dim // LOCAL_BELOW)
     for i in globals_:
-        specs[i] = _spec(config, budget, floor, floor)
-    if globals_ and cache_bytes(config, specs, budget.context) <= budget.bytes(config):
-        return globals_
-    return list(range(config.num_layers))
+        specs[i] = LayerSpec("latent", floor, "latent", floor)
+    return globals_ if cache_bytes(config, specs, budget.context) <= budget.bytes(config) else everything
 
 
-def _spec(config: Gemma3Config, budget: Budget, rank_k: int, rank_v: int) -> LayerSpec:
-    def form(rank: int) -> str:
-        return "dense" if rank >= config.head_dim else "latent"
+def plan_probes(config: Gemma3Config, budget: Budget, layers: list[int]) -> list[Probe]:
+    """Returns what has to be measured to allocate ``budget`` over ``layers``."""
+    d, probes = config.head_dim, []
+    for layer in layers:
+        shares = (8, 4, 2) if config.is_global(layer) else (4,)
+        if "latent" in budget.forms:
+            for kind in "kv":
+                probes += [Probe(layer, kind, "latent", max(1, d // share)) for share in shares]
+                if budget.rounds:
+                    probes.append(Probe(layer, kind, "latent", d, NOISE_BITS))
+        if "joint" in budget.forms:
+            width = 2 * config.num_kv_heads * d
+            probes += [Probe(layer, "kv", "joint", max(1, width // (2 * share))) for share in shares]
+            if budget.rounds:
+                probes.append(Probe(layer, "kv", "joint", width, NOISE_BITS))
+        for form in ("contextual", "constant_a"):
+            if form in budget.forms and config.num_kv_heads > 1:  # with one head they are the original, and larger
+                probes += [
+                    Probe(layer, kind, form, rank, bits)
+                    for kind in "kv"
+                    for rank in range(1, min(MEASURED_RANKS, config.num_kv_heads - 1) + 1)
+                    for bits in budget.bits
+                    if bits > 2
+                ]
+    return probes
 
-    d = config.head_dim
-    return LayerSpec(form(rank_k), min(rank_k, d), form(rank_v), min(rank_v, d), budget.bits)
+
+def layer_choices(
+    config: Gemma3Config, budget: Budget, layer: int, bases: Bases, measured: dict[Probe, float], joint: Groups | None
+) -> list[Choice]:
+    """Returns every choice of one layer that can be best for some budget, bytes ascending.
+
+    Args:
+        config, budget, layer: as elsewhere.
+        bases: calibrated directions.
+        measured: KLs by probe.
+        joint: energies of the joint latent, where it competes.
+    """
+    size, own = budget.group_size(config), {p: kl for p, kl in measured.items() if p.layer == layer}
+
+    def curve(kind: str, form: str, groups: Groups) -> list[Choice]:
+        ranks = {p.rank: kl for p, kl in own.items() if (p.kind, p.form, p.bits) == (kind, form, 16)}
+        noise = [kl for p, kl in own.items() if (p.kind, p.form, p.bits) == (kind, form, NOISE_BITS)]
+        return latent_choices(
+            config, kind, form, groups, ranks, noise[0] if noise else None, budget.bits, budget.multiple
+        )
+
+    parts: dict[str, list[Choice]] = {"k": [], "v": []}
+    for kind, found in parts.items():
+        if "latent" in budget.forms:
+            basis = bases.part(layer, kind)
+            found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), size))
+        singly = [p for p in own if p.kind == kind and p.form not in ("latent", "joint")]
+        found += [measured_choice(config, p, own[p]) for p in singly]
+        if found and 16 in budget.bits:
+            found.append(dense_choice(config))
+    choices = combine(parts["k"], parts["v"]) if parts["k"] and parts["v"] else []
+    if joint is not None:
+        choices += curve("kv", "joint", joint)
+    return sorted(choices, key=lambda c: (c.bytes, c.kl))
 
 
-def allocate(
-    config: Gemma3Config, budget: Budget, layers: list[int], bases: Bases, measured: dict[Part, float], probe_rank: int
-) -> list[LayerSpec]:
-    """Spends the byte budget on ranks, best KL per byte first; deterministic.
+def joint_groups(config: Gemma3Config, budget: Budget, bases: Bases, attention, layer: int) -> Groups:
+    """Returns the energies of a layer's joint latent; its latents have unit spread, so all energy is variance."""
+    energies = bases.joint(attention, layer).energies[None]
+    return Groups.of(energies, energies, GROUP if budget.rounds else budget.multiple)
+
+
+def allocate(config: Gemma3Config, budget: Budget, choices: dict[int, list[Choice]]) -> tuple[list[LayerSpec], float]:
+    """Spends the byte budget, best KL per byte first; deterministic.
 
     Args:
         config: the architecture.
         budget: what the cache may cost.
-        layers: those to convert; the others stay dense.
-        bases: calibrated directions of ``layers``.
-        measured: KL of each part when it alone is truncated to ``probe_rank``.
+        choices: of every layer that may change (``layer_choices``); the others stay dense.
 
     Returns:
-        One specification a layer.
+        One specification a layer, and the KL that the model expects of them.
 
     Raises:
-        UserError: the smallest ranks in ``layers`` already exceed the budget.
+        UserError: the smallest choices of these layers already exceed the budget.
     """
     allowed = budget.bytes(config)
-    parts: list[Part] = [(layer, kind) for layer in layers for kind in "kv"]
-    ranks = dict.fromkeys(parts, budget.multiple)
-    slope = {part: max(measured[part], 0.0) / max(bases.tail(part, probe_rank), 1e-300) for part in parts}
-
-    def cost(part: Part, rank: int) -> int:
-        tokens = config.cached_tokens(part[0], budget.context)
-        return tokens * config.num_kv_heads * entry_bytes(rank, budget.bits)
-
-    def specs() -> list[LayerSpec]:
-        out = dense_specs(config)
-        for layer in layers:
-            out[layer] = _spec(config, budget, ranks[layer, "k"], ranks[layer, "v"])
-        return out
-
-    spent = cache_bytes(config, specs(), budget.context)
+    tokens = {layer: config.cached_tokens(layer, budget.context) for layer in choices}
+    hulls = {layer: [p[2] for p in convex([(c.bytes, c.kl, c) for c in found])] for layer, found in choices.items()}
+    position = dict.fromkeys(sorted(choices), 0)
+    untouched = [spec if i not in choices else None for i, spec in enumerate(dense_specs(config))]
+    spent = sum(
+        config.cached_tokens(i, budget.context) * spec.bytes_per_token(config)
+        for i, spec in enumerate(untouched)
+        if spec is not None
+    ) + sum(tokens[layer] * hulls[layer][0].bytes for layer in position)
     if spent > allowed:
-        raise UserError(f"budget.cache_ratio={budget.cache_ratio:g} cannot be met by converting layers {layers}.")
-    open_parts = set(parts)
-    while open_parts:
-        best: tuple[float, Part] | None = None
-        for part in sorted(open_parts):
-            rank, higher = ranks[part], min(ranks[part] + budget.multiple, config.head_dim)
-            extra = cost(part, higher) - cost(part, rank)
-            if rank == higher or spent + extra > allowed:
-                open_parts.discard(part)
+        raise UserError(
+            f"budget.cache_ratio={budget.cache_ratio:g} cannot be met by converting layers {list(position)}."
+        )
+    open_layers = set(position)
+    while open_layers:
+        best: tuple[float, int, int] | None = None
+        for layer in sorted(open_layers):
+            hull, at = hulls[layer], position[layer]
+            extra = tokens[layer] * (hull[at + 1].bytes - hull[at].bytes) if at + 1 < len(hull) else 0
+            if at + 1 == len(hull) or spent + extra > allowed:
+                open_layers.discard(layer)
                 continue
-            gain = slope[part] * (bases.tail(part, rank) - bases.tail(part, higher)) / extra
-            if best is None or gain > best[0]:
-                best = (gain, part)
+            ratio = (hull[at].kl - hull[at + 1].kl) / extra
+            if best is None or ratio > best[0]:
+                best = (ratio, layer, extra)
         if best is not None:
-            part = best[1]
-            higher = min(ranks[part] + budget.multiple, config.head_dim)
-            spent += cost(part, higher) - cost(part, ranks[part])
-            ranks[part] = higher
-    return specs()
+            position[best[1]] += 1
+            spent += best[2]
+    chosen = {layer: hulls[layer][at] for layer, at in position.items()}
+    _spend_the_rest(choices, chosen, tokens, allowed - spent)
+    specs = [chosen[i].spec if spec is None else spec for i, spec in enumerate(untouched)]
+    return specs, sum(choice.kl for choice in chosen.values())
+
+
+def _spend_the_rest(
+    choices: dict[int, list[Choice]], chosen: dict[int, Choice], tokens: dict[int, int], left: int
+) -> None:
+    """Takes, while one fits, the single change (on a hull or not) that lowers the KL most."""
+    while True:
+        best: tuple[float, int, Choice] | None = None
+        for layer in sorted(choices):
+            now = chosen[layer]
+            for choice in choices[layer]:
+                gain = now.kl - choice.kl
+                fits = tokens[layer] * (choice.bytes - now.bytes) <= left
+                if fits and gain > 0 and (best is None or gain > best[0]):
+                    best = (gain, layer, choice)
+        if best is None:
+            return
+        _, layer, choice = best
+        left -= tokens[layer] * (choice.bytes - chosen[layer].bytes)
+        chosen[layer] = choice
+
+
+def uniform_specs(config: Gemma3Config, budget: Budget, layers: list[int], bits: int) -> list[LayerSpec] | None:
+    """Returns latents of one rank for K and V in all ``layers`` at ``bits``: the largest that fits, None if none does.
+    """
+    best = None
+    for rank in range(budget.multiple, config.head_dim + 1, budget.multiple):
+        specs = dense_specs(config)
+        for layer in layers:
+            specs[layer] = LayerSpec("latent", rank, "latent", rank, bits)
+        if cache_bytes(config, specs, budget.context) <= budget.bytes(config):
+            best = specs
+    return best

@@ -10,7 +10,9 @@ Per layer and KV head, sums in float64:
   keys truncated to rank 48 from .210 (metric of attention logits, DESIGN §4) to .138.
 * attention outputs: their Fisher information by the same gradients, the metric of the layer-wise recovery;
 * values: weight, mean and second moment of v under Σ_t a_ts² — the squared attention, because errors of different
-  tokens add up independently in an attention output.
+  tokens add up independently in an attention output;
+* keys and values of all heads together (``factorization.stacked``), under the heads' mean weights, for factors that
+  heads, or keys and values, share; and a sample of the layer's inputs, for fits without a closed form.
 
 The squared attention needs no hand-written softmax: the gradient of the attention output with respect to the values,
 for an output gradient of independent random signs, has mean square Σ_t a_ts².
@@ -18,13 +20,13 @@ for an output gradient of independent random signs, has mean square Σ_t a_ts².
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpa_train.distillation.losses import chunk_tokens, head_logits
 from tpa_train.errors import UserError
@@ -33,30 +35,53 @@ from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 
+SAMPLE_EVERY, SAMPLE_LIMIT = 8, 8192  # tokens kept of a layer's inputs: every so-many-th, at most so many
 LEVERAGE_FLOOR = 1e-6  # of the metric's mean eigenvalue; a batch smaller than head_dim leaves directions unseen
 
 
 @dataclass
 class LayerMoments:
-    """Sums of one layer, float64. G KV heads, d head_dim, D hidden size."""
+    """Sums of one layer, float64 (the sample: float32). G KV heads, d head_dim, D hidden size, T sampled tokens."""
 
     output_fisher: Tensor  # [D, D], with respect to the attention's output (before the post-attention norm), nats
-    key_fisher: Tensor  # [G, d, d], with respect to k̃ (before 1 + w_k and RoPE), nats
+    cross_fisher: Tensor  # [G, d, G, d], with respect to k̃ of all heads (before 1 + w_k and RoPE), nats
     key_weight: Tensor  # [G]
     key_first: Tensor  # [G, d]
     key_second: Tensor  # [G, d, d]
     value_weight: Tensor  # [G]
     value_first: Tensor  # [G, d]
     value_second: Tensor  # [G, d, d]
+    # y = [k; v], raw keys and values of all heads, [2·G·d]; s the root mean square of a token's keys over all heads
+    shared_key_weight: Tensor  # []
+    shared_key_second: Tensor  # [2Gd, 2Gd], Σ w_K y yᵀ / s²
+    shared_value_weight: Tensor  # []
+    shared_value_first: Tensor  # [2Gd], Σ w_V y
+    shared_value_second: Tensor  # [2Gd, 2Gd], Σ w_V y yᵀ
+    norm_ratio: Tensor  # [G], Σ w_K (s / rms_g)²: turns the metric of k̃ into that of k / s
+    sample_x: Tensor  # [T, D], the attention's input
+    sample_key_weight: Tensor  # [T]
+    sample_value_weight: Tensor  # [T]
 
     @classmethod
     def zeros(cls, config: Gemma3Config, device: torch.device | str = "cpu") -> LayerMoments:
         g, d, width = config.num_kv_heads, config.head_dim, config.hidden_size
-        shapes = ((width, width), (g, d, d), (g,), (g, d), (g, d, d), (g,), (g, d), (g, d, d))
-        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+        y = 2 * g * d
+        sums = ((width, width), (g, d, g, d), (g,), (g, d), (g, d, d), (g,), (g, d), (g, d, d))
+        shared = ((), (y, y), (), (y,), (y, y), (g,))
+        made = [torch.zeros(s, dtype=torch.float64, device=device) for s in sums + shared]
+        return cls(*made, *(torch.zeros(s, device=device) for s in ((0, width), (0,), (0,))))
+
+    @property
+    def key_fisher(self) -> Tensor:
+        """Each head's own block [G, d, d] of the Fisher information."""
+        return torch.einsum("gdge->gde", self.cross_fisher)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(vars(self))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Returns what adds up over processes: all but the sample."""
+        return {name: tensor for name, tensor in vars(self).items() if not name.startswith("sample_")}
 
     def value_covariance(self) -> tuple[Tensor, Tensor]:
         """Returns the mean [G, d] and covariance [G, d, d] of the values under squared attention."""
@@ -120,9 +145,14 @@ def add_values(moments: LayerMoments, v: Tensor, weight: Tensor) -> None:
     moments.value_second += torch.einsum("tgd,tge->gde", weighted, v)
 
 
-def add_keys(moments: LayerMoments, k: Tensor, gradient: Tensor) -> None:
-    """Adds normalised keys k̃ [T, G, d] and the log-likelihood's gradients with respect to them, float64."""
-    fisher = torch.einsum("tgd,tge->gde", gradient, gradient)
+def add_keys(moments: LayerMoments, k: Tensor, gradient: Tensor) -> Tensor:
+    """Adds normalised keys k̃ [T, G, d] and the log-likelihood's gradients with respect to them, float64.
+
+    Returns:
+        Each token's weight [T, G].
+    """
+    crossed = torch.einsum("tgd,the->gdhe", gradient, gradient)
+    fisher = torch.einsum("gdge->gde", crossed)
     # A token counts by the size of its gradient measured in the metric itself (its leverage), so that the product of
     # metric and moment reproduces the total cost.
     floor = torch.diagonal(fisher, dim1=-2, dim2=-1).mean(-1)[:, None, None] * LEVERAGE_FLOOR
@@ -131,10 +161,73 @@ def add_keys(moments: LayerMoments, k: Tensor, gradient: Tensor) -> None:
     # The floor keeps the moment defined for a model so sure of itself that no key matters.
     weight = weight * (k.shape[0] / k.shape[-1]) + LEVERAGE_FLOOR
     weighted = k * weight[..., None]
-    moments.key_fisher += fisher
+    moments.cross_fisher += crossed
     moments.key_weight += weight.sum(0)
     moments.key_first += weighted.sum(0)
     moments.key_second += torch.einsum("tgd,tge->gde", weighted, k)
+    return weight
+
+
+def add_shared(moments: LayerMoments, k: Tensor, v: Tensor, key_weight: Tensor, value_weight: Tensor) -> None:
+    """Adds raw keys and values [T, G, d] of all heads under the heads' mean weights (weights [T, G]), float64."""
+    key_weight, value_weight = key_weight.mean(-1), value_weight.mean(-1)
+    square = k.square().mean(-1)  # [T, G]
+    scale = square.mean(-1).clamp_min(torch.finfo(k.dtype).tiny)  # s²
+    y = torch.cat((k.flatten(1), v.flatten(1)), dim=1)
+    moments.shared_key_weight += key_weight.sum()
+    moments.shared_key_second += (y * (key_weight / scale)[:, None]).T @ y
+    moments.shared_value_weight += value_weight.sum()
+    moments.shared_value_first += (y * value_weight[:, None]).sum(0)
+    moments.shared_value_second += (y * value_weight[:, None]).T @ y
+    ratio = scale[:, None] / square.clamp_min(torch.finfo(k.dtype).tiny)
+    moments.norm_ratio += (key_weight[:, None] * ratio).sum(0)
+
+
+def keep_sample(moments: LayerMoments, x: Tensor, key_weight: Tensor, value_weight: Tensor) -> None:
+    """Keeps every so-many-th token of the inputs ``x`` [T, D] with its weights [T, G], up to the limit."""
+    room = SAMPLE_LIMIT - moments.sample_x.shape[0]
+    pick = slice(SAMPLE_EVERY - 1, SAMPLE_EVERY * room, SAMPLE_EVERY)
+    if room <= 0:
+        return
+    for name, tensor in (("x", x), ("key_weight", key_weight.mean(-1)), ("value_weight", value_weight.mean(-1))):
+        kept = getattr(moments, f"sample_{name}")
+        setattr(moments, f"sample_{name}", torch.cat((kept, tensor[pick].to(kept.dtype))))
+
+
+@torch.no_grad()
+def add_layer(
+    moments: LayerMoments,
+    attention: Attention,
+    record: _Record,
+    key_gradient: Tensor,
+    output_gradient: Tensor,
+    context: AttentionContext,
+    generator: torch.Generator,
+) -> None:
+    """Adds one layer's forward and backward pass to its ``moments``.
+
+    Args:
+        moments: added to.
+        attention: the dense layer.
+        record: of the forward pass.
+        key_gradient: [B, L, G, d], of the log-likelihood with respect to ``record.key_probe``.
+        output_gradient: [B, L, D], with respect to ``record.output_probe``.
+        context: of the forward pass.
+        generator: for random signs.
+    """
+    output = output_gradient.flatten(0, 1).double()
+    moments.output_fisher += output.T @ output
+    shape = (attention.config.num_kv_heads, attention.config.head_dim)
+    raw = record.raw_keys.to(accumulation_dtype(record.raw_keys.dtype))
+    k = raw * torch.rsqrt(raw.square().mean(-1, keepdim=True) + attention.k_norm.eps)
+    # The probe sits behind the norm's weight; the metric is that of k̃ before it.
+    gradient = key_gradient * (1.0 + attention.k_norm.weight)
+    key_weight = add_keys(moments, k.flatten(0, 1).double(), gradient.flatten(0, 1).double())
+    weight = squared_attention_received(attention, record.input, context, generator).flatten(0, 1).double()
+    v = attention.v_proj(record.input).unflatten(-1, shape).flatten(0, 1).double()
+    add_values(moments, v, weight)
+    add_shared(moments, raw.flatten(0, 1).double(), v, key_weight, weight)
+    keep_sample(moments, record.input.flatten(0, 1), key_weight, weight)
 
 
 @torch.no_grad()
@@ -186,34 +279,20 @@ class CalibrationModule(L.LightningModule):
         with torch.no_grad():
             context = self.model.context(ids, batch.get("document_ids"))
             x = self.model.run_layers(self.model.embed(ids), context, stop=self.layers[0])
-        with _probes(self.model, self.layers) as records, torch.enable_grad():
+        with probes(self.model.layers, self.layers) as records, torch.enable_grad():
             x = self.model.run_layers(x.requires_grad_(), context, start=self.layers[0])
             # Every so-many-th position's label, weighted up: the head costs more than the layers of a small model.
             every = min(self.score_every, ids.shape[1])
             hidden = self.model.norm(x)[:, every - 1 :: every].flatten(0, 1)
             with torch.autocast(self.device.type, enabled=False):
                 score = sampled_score(hidden.detach(), self.model.head_weight, self._generator) * every**0.5
-            probes = [p for i in self.layers for p in (records[i].key_probe, records[i].output_probe)]
-            gradients = torch.autograd.grad(hidden, probes, score)
+            zeros = [p for i in self.layers for p in (records[i].key_probe, records[i].output_probe)]
+            gradients = torch.autograd.grad(hidden, zeros, score)
         for index, keys, output in zip(self.layers, gradients[::2], gradients[1::2], strict=True):
-            output = output.flatten(0, 1).double()
-            self._moments[index].output_fisher += output.T @ output
-            self._accumulate(index, records[index], keys, context)
+            attention = self.model.layers[index].self_attn
+            add_layer(self._moments[index], attention, records[index], keys, output, context, self._generator)
         self._tokens += ids.numel()
         self._context = max(self._context, ids.shape[1])
-
-    @torch.no_grad()
-    def _accumulate(self, index: int, record: _Record, gradient: Tensor, context: AttentionContext) -> None:
-        attention, moments = self.model.layers[index].self_attn, self._moments[index]
-        shape = (attention.config.num_kv_heads, attention.config.head_dim)
-        k = record.raw_keys.to(accumulation_dtype(record.raw_keys.dtype))
-        k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + attention.k_norm.eps)
-        # The probe sits behind the norm's weight; the metric is that of k̃ before it.
-        gradient = gradient * (1.0 + attention.k_norm.weight)
-        add_keys(moments, k.flatten(0, 1).double(), gradient.flatten(0, 1).double())
-        weight = squared_attention_received(attention, record.input, context, self._generator)
-        v = attention.v_proj(record.input).unflatten(-1, shape)
-        add_values(moments, v.flatten(0, 1).double(), weight.flatten(0, 1).double())
 
     def on_validation_end(self) -> None:
         total = torch.tensor(float(self._tokens), dtype=torch.float64, device=self.device)
@@ -221,8 +300,10 @@ class CalibrationModule(L.LightningModule):
         if self.trainer.world_size > 1:
             total = reduce(total, reduce_op="sum")
             for moments in self._moments.values():
-                for name, tensor in moments.tensors().items():
+                for name, tensor in moments.sums().items():
                     setattr(moments, name, reduce(tensor, reduce_op="sum"))
+                for name in moments.tensors().keys() - moments.sums().keys():  # the first process's sample serves all
+                    setattr(moments, name, self.trainer.strategy.broadcast(getattr(moments, name)))
         for index, moments in self._moments.items():
             if not all(bool(torch.isfinite(t).all()) for t in moments.tensors().values()):
                 raise UserError(f"calibration of layer {index} gave non-finite moments; the model's weights overflow.")
@@ -243,8 +324,11 @@ class _Record:
 
 
 @contextmanager
-def _probes(model: Gemma3ForCausalLM, layers: list[int]) -> Iterator[dict[int, _Record]]:
-    """Records the layers' inputs and keys, and adds differentiable zeros to their normalised keys and outputs."""
+def probes(blocks: Mapping[int, nn.Module] | nn.ModuleList, layers: list[int]) -> Iterator[dict[int, _Record]]:
+    """Records inputs and keys of ``layers`` among the decoder layers ``blocks``, and adds differentiable zeros.
+
+    The zeros are added to the normalised keys and to the attention's output.
+    """
     records: dict[int, _Record] = {}
     inputs: dict[int, Tensor] = {}
 
@@ -271,7 +355,7 @@ def _probes(model: Gemma3ForCausalLM, layers: list[int]) -> Iterator[dict[int, _
 
     handles = []
     for index in layers:
-        attention = model.layers[index].self_attn
+        attention = blocks[index].self_attn
         handles.append(attention.register_forward_pre_hook(before(index)))
         handles.append(attention.k_norm.register_forward_hook(behind_norm(index)))
         handles.append(attention.register_forward_hook(behind_attention(index)))

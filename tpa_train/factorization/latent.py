@@ -16,6 +16,7 @@ from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.attention import Attention
 
 SMALLEST_METRIC = 1e-12  # nats; a direction that never mattered on the calibration text still has a length
+SMALLEST_SPREAD = 1e-6  # of the first coordinate's root energy
 EIGENVALUE_FLOOR = 1e-10  # of the largest; a metric that ignores a direction must still be invertible
 
 
@@ -35,16 +36,31 @@ class Basis:
     down: Tensor  # [G, d, d]; the first r rows are Eᵀ M^½, so A = down[:r] W
     mean: Tensor  # [G, d], what the vectors are on average
 
+    spread: Tensor  # [G, d], standard deviation of each coordinate
+
     @classmethod
-    def from_metric(cls, second: Tensor, metric: Tensor, mean: Tensor) -> Basis:
-        """Solves for all ranks at once, from C [G, d, d], M [G, d, d] and the mean [G, d]."""
+    def from_metric(cls, second: Tensor, metric: Tensor, mean: Tensor, centred: bool = False) -> Basis:
+        """Solves for all ranks at once, from C [G, d, d], M [G, d, d] and the mean [G, d].
+
+        ``centred``: C is a covariance, without the mean.
+        """
         root, inverse = symmetric_power(metric, 0.5), symmetric_power(metric, -0.5)
         values, vectors = torch.linalg.eigh(root @ (0.5 * (second + second.mT)) @ root)
         values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
         # An eigenvector's sign is arbitrary; fix it so that two machines agree.
         largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
         vectors = vectors * largest.sign()
-        return cls(values, inverse @ vectors, vectors.mT @ root, mean)
+        down = vectors.mT @ root
+        center = torch.einsum("grd,gd->gr", down, mean)
+        variance = values if centred else values - center.square()
+        # A coordinate that never moved may have any scale; the floor keeps it from dividing by zero.
+        floor = values.amax(-1, keepdim=True) * SMALLEST_SPREAD**2 + torch.finfo(values.dtype).tiny
+        return cls(values, inverse @ vectors, down, mean, variance.clamp_min(floor).sqrt())
+
+    def scaled(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Returns U [G, d, r] and Eᵀ M^½ [G, r, d] with latents of unit spread."""
+        spread = self.spread[:, :rank]
+        return self.up[:, :, :rank] * spread[:, None, :], self.down[:, :rank] / spread[:, :, None]
 
     def tail(self, rank: int) -> float:
         """Returns the error that rank ``rank`` leaves, summed over KV heads."""
@@ -80,19 +96,16 @@ def value_basis(attention: Attention, moments: LayerMoments) -> Basis:
     """Returns the directions of a layer's values around their mean; M = Σ_h W_O^hᵀ W_O^h over a group's heads."""
     heads = output_heads(attention)
     mean, covariance = moments.value_covariance()
-    return Basis.from_metric(covariance, torch.einsum("ghod,ghoe->gde", heads, heads), mean)
+    return Basis.from_metric(covariance, torch.einsum("ghod,ghoe->gde", heads, heads), mean, centred=True)
 
 
 def latent_key_factors(attention: Attention, basis: Basis, rank: int) -> dict[str, Tensor]:
-    """Returns ``LatentKeys``' parameters at ``rank`` by their names.
-
-    The latents stay in the eigenbasis of the metric, where an equal rounding error costs equally in every coordinate.
-    """
+    """Returns ``LatentKeys``' parameters at ``rank`` by their names."""
     config = attention.config
     weight = attention.k_proj.weight.detach().double().cpu().unflatten(0, (config.num_kv_heads, config.head_dim))
-    project = basis.down[:, :rank]  # [G, r, d]
+    up, project = basis.scaled(rank)
     return {
-        "keys.up": basis.up[:, :, :rank],
+        "keys.up": up,
         "keys.down.weight": (project @ weight).flatten(0, 1),
         "keys.center": torch.einsum("grd,gd->gr", project, basis.mean),
     }
@@ -102,9 +115,9 @@ def latent_value_factors(attention: Attention, basis: Basis, rank: int) -> dict[
     """Returns ``LatentValues``' parameters at ``rank`` by their names; W_O U per query head, and the mean as a bias."""
     config = attention.config
     weight = attention.v_proj.weight.detach().double().cpu().unflatten(0, (config.num_kv_heads, config.head_dim))
-    project = basis.down[:, :rank]
+    up, project = basis.scaled(rank)
     heads = output_heads(attention)
-    out = torch.einsum("ghod,gdr->oghr", heads, basis.up[:, :, :rank])
+    out = torch.einsum("ghod,gdr->oghr", heads, up)
     return {
         "values.down.weight": (project @ weight).flatten(0, 1),
         "values.out.weight": out.flatten(1),

@@ -1,95 +1,132 @@
-"""How much the model's output suffers when keys or values of one layer are truncated: measured, one at a time."""
+"""How much the model's output suffers when one part of one layer changes: measured, one probe at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tpa_train.distillation.losses import linear_kl
-from tpa_train.factorization.latent import Basis, latent_key_factors, latent_value_factors
+from tpa_train.distillation.losses import chunk_tokens, head_logits, linear_kl
+from tpa_train.factorization.solutions import Bases, layer_factors
+from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
-from tpa_train.gemma3.model import Gemma3ForCausalLM
+from tpa_train.gemma3.model import DecoderLayer, Gemma3ForCausalLM
+from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
-Part = tuple[int, str]  # (layer, "k" or "v")
+NOISE_BITS = 3  # coarse enough that its KL stands out of half precision's, fine enough to be a small error
 
 
-@dataclass
-class Bases:
-    """Directions of the keys and values of every calibrated layer."""
+@dataclass(frozen=True, order=True)
+class Probe:
+    """One layer's keys ("k"), values ("v") or both ("kv": a joint latent) in one form, everything else dense."""
 
-    keys: dict[int, Basis]
-    values: dict[int, Basis]
+    layer: int
+    kind: str
+    form: str
+    rank: int
+    bits: int = 16
 
-    def tail(self, part: Part, rank: int) -> float:
-        layer, kind = part
-        return (self.keys if kind == "k" else self.values)[layer].tail(rank)
+    def spec(self, config: Gemma3Config) -> LayerSpec:
+        """Returns the layer's specification."""
+        values = {f"form_{k}": self.form for k in self.kind} | {f"rank_{k}": self.rank for k in self.kind}
+        values |= {f"bits_{k}": self.bits for k in self.kind}
+        return replace(LayerSpec(rank_k=config.head_dim, rank_v=config.head_dim), **values)
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind} {self.form} {self.rank} @{self.bits}"
+
+    @classmethod
+    def parse(cls, text: str) -> Probe:
+        """Returns the probe that ``str`` wrote."""
+        where, form, rank, bits = text.split(" ")
+        layer, kind = where.split(".")
+        return cls(int(layer), kind, form, int(rank), int(bits.removeprefix("@")))
 
 
-def layer_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
-    """Returns one layer's factors by full state-dict name, float64."""
-    attention = model.layers[layer].self_attn
-    factors: dict[str, Tensor] = {}
-    if spec.form_k == "latent":
-        factors |= latent_key_factors(attention, bases.keys[layer], spec.rank_k)
-    if spec.form_v == "latent":
-        factors |= latent_value_factors(attention, bases.values[layer], spec.rank_v)
-    return {f"layers.{layer}.self_attn.{name}": tensor for name, tensor in factors.items()}
+class OutputDivergence:
+    """KL(model ‖ changed model) in nats a token, against one set of final hidden states whose scores are kept.
 
-
-def build_student(model: Gemma3ForCausalLM, bases: Bases, specs: list[LayerSpec]) -> Gemma3ForMultimodalLMwithTPA:
-    """Returns a model in which the layers follow ``specs`` and everything else is shared with ``model``.
-
-    Factors are float32 (or wider), since they are about to be trained, on the model's device.
+    Args:
+        hidden: the original's final hidden states [N, D].
+        head: output matrix [V, D].
     """
-    weight = model.embed_tokens.weight
-    dtype = accumulation_dtype(weight.dtype)
-    factors: dict[str, Tensor] = {}
-    for layer, spec in enumerate(specs):
-        if spec.converted:
-            factors |= layer_factors(model, bases, layer, spec)
-    factors = {name: t.to(device=weight.device, dtype=dtype) for name, t in factors.items()}
-    return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors)
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        self.head = head
+        self.step = chunk_tokens(head.shape[0], hidden.device, head.dtype)
+        self.reference = [head_logits(part, head).log_softmax(-1) for part in hidden.split(self.step)]
+
+    def __call__(self, hidden: Tensor) -> float:
+        """Returns the mean KL for the changed model's hidden states [N, D]."""
+        total = 0.0
+        for expected, part in zip(self.reference, hidden.split(self.step), strict=True):
+            changed = head_logits(part, self.head).log_softmax(-1)
+            total += float((expected.exp() * (expected - changed)).sum(dtype=torch.float64))
+        return total / hidden.shape[0]
 
 
 @torch.no_grad()
 def measure_sensitivity(
-    model: Gemma3ForCausalLM, bases: Bases, parts: list[Part], rank: int, token_ids: Tensor, every: int = 4
-) -> dict[Part, float]:
-    """Returns the output KL (nats a token) when only one part is truncated to ``rank``.
+    model: Gemma3ForCausalLM, bases: Bases, probes: Iterable[Probe], token_ids: Tensor, every: int = 4
+) -> dict[Probe, float]:
+    """Returns the output KL (nats a token) of each probe.
 
-    The forward of the layers before the truncated one is computed once and reused.
+    The forward of the layers before the probed one is computed once and reused.
 
     Args:
         model: the dense model.
-        bases: directions of all layers in ``parts``.
-        parts: what to truncate.
-        rank: to which rank.
+        bases: directions of all probed layers.
+        probes: what to change, one at a time.
         token_ids: text [B, L].
         every: the KL is taken at every so-many-th position; the head costs more than the layers.
     """
+    probes = sorted(set(probes))
+    if not probes:
+        return {}
     context = model.context(token_ids)
     residuals = [model.embed(token_ids)]
     for index in range(model.config.num_layers):
         residuals.append(model.run_layers(residuals[-1], context, index, index + 1))
-    pick = slice(every - 1, None, every)
+    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
 
     def final(residual: Tensor) -> Tensor:
         return model.norm(residual)[:, pick].flatten(0, 1)
 
-    teacher = final(residuals[-1])
-    result: dict[Part, float] = {}
-    for layer, kind in tqdm(parts, desc="measuring sensitivities", unit="part", leave=False):
-        specs = dense_specs(model.config)
-        full = model.config.head_dim
-        specs[layer] = (
-            LayerSpec("latent", rank, "dense", full) if kind == "k" else LayerSpec("dense", full, "latent", rank)
-        )
-        student = build_student(model, bases, specs)
-        hidden = final(student.run_layers(residuals[layer], context, layer))
-        result[layer, kind] = float(linear_kl(hidden, teacher, model.head_weight)[0])
+    with torch.autocast(token_ids.device.type, enabled=False):
+        divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
+    result: dict[Probe, float] = {}
+    for probe in tqdm(probes, desc="measuring sensitivities", unit="probe", leave=False):
+        changed = changed_layer(model, bases, probe)
+        x = changed(residuals[probe.layer], context)
+        hidden = final(model.run_layers(x, context, probe.layer + 1))
+        with torch.autocast(token_ids.device.type, enabled=False):
+            result[probe] = divergence(hidden)
     return result
+
+
+@torch.no_grad()
+def output_kl(
+    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, token_ids: Tensor, every: int = 4
+) -> float:
+    """Returns KL(model ‖ student) in nats a token on text [B, L], at every so-many-th position."""
+    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
+    teacher, changed = (m.hidden_states(token_ids)[:, pick].flatten(0, 1) for m in (model, student))
+    with torch.autocast(token_ids.device.type, enabled=False):
+        return float(linear_kl(changed, teacher, student.head_weight, model.head_weight)[0])
+
+
+def changed_layer(model: Gemma3ForCausalLM, bases: Bases, probe: Probe) -> DecoderLayer:
+    """Returns decoder layer ``probe.layer`` with its attention in the probe's form; the rest is the model's own."""
+    specs = dense_specs(model.config)
+    specs[probe.layer] = probe.spec(model.config)
+    weight = model.embed_tokens.weight
+    factors = layer_factors(model, bases, probe.layer, specs[probe.layer])
+    factors = {n: t.to(device=weight.device, dtype=accumulation_dtype(weight.dtype)) for n, t in factors.items()}
+    student = Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors)
+    assert isinstance(student.layers[probe.layer].self_attn, FactorizedAttention)
+    return student.layers[probe.layer]

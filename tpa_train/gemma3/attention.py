@@ -76,7 +76,8 @@ def attend(
     """Causal attention of a whole sequence on itself.
 
     Args:
-        q: [B, L, H, d]; k: [B, L, G, d]; v: [B, L, G, e] with e ≤ d (latent values are narrower than keys).
+        q: [B, L, H, d]; k: [B, L, G, d]; v: [B, L, G, e]. Latent values are mostly narrower than keys; a wide joint
+            latent is attended to in parts of d columns, since kernels want equal head sizes.
         scale: multiplies the scores.
         window: a query sees itself and the ``window - 1`` tokens before it; None for all.
         documents: packed documents that must not see each other.
@@ -85,6 +86,9 @@ def attend(
         [B, L, H, e].
     """
     length, value_dim = q.shape[1], v.shape[-1]
+    if value_dim > k.shape[-1]:
+        parts = [attend(q, k, part, scale, window, documents) for part in v.split(k.shape[-1], dim=-1)]
+        return torch.cat(parts, dim=-1)
     if window is not None and window >= length:
         window = None
     if value_dim < k.shape[-1]:  # flash kernels want equal head sizes; zero columns cost less than the math kernel
@@ -176,9 +180,12 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         self.kind: LayerKind = config.layer_kinds[layer]
         self.window = None if config.is_global(layer) else config.sliding_window
-        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self._build_query()
         self._build_key_value()
+
+    def _build_query(self) -> None:
+        self.q_proj = Linear(self.config.hidden_size, self.config.num_heads * self.config.head_dim)
 
     def _build_key_value(self) -> None:
         config = self.config
@@ -187,35 +194,40 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
+    def raw_queries(self, x: Tensor) -> Tensor:
+        """Returns queries [B, L, H, d] before norm and RoPE."""
+        return self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+
     def queries(self, x: Tensor, rotary: RotaryTable) -> Tensor:
         """Returns normalised, rotated queries [B, L, H, d] in the projections' dtype."""
-        q = self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        q = self.raw_queries(x)
         return apply_rotary(self.q_norm(q), rotary).to(q.dtype)
 
-    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, ...]:
         """Returns what the tokens ``x`` [B, L, D] put into the cache: rotated keys and values, each [B, L, G, d]."""
         shape = (self.config.num_kv_heads, self.config.head_dim)
         k, v = (proj(x).unflatten(-1, shape) for proj in (self.k_proj, self.v_proj))
         return apply_rotary(self.k_norm(k), rotary).to(k.dtype), v
 
-    def read(self, k_entry: Tensor, v_entry: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+    def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> tuple[Tensor, Tensor]:
         """Returns keys [B, S, G, d] and values [B, S, G, e] from cached entries; ``rotary`` is that of their tokens."""
-        return k_entry, v_entry
+        keys, values = entries
+        return keys, values
 
     def storage(self) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
         """Returns shape and dtype (None: the cache's) of every tensor that one token puts into the cache."""
         shape = (self.config.num_kv_heads, self.config.head_dim)
         return [(shape, None), (shape, None)]
 
-    def as_cached(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def as_cached(self, entries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Returns ``entries`` as a cache would give them back, differentiably; the same where nothing is rounded."""
         return entries
 
-    def pack(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def pack(self, entries: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Returns what the cache stores of ``write``'s entries, one tensor per item of ``storage``."""
         return entries
 
-    def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Returns the entries that ``pack`` stored."""
         return tuple(t.to(dtype) for t in stored)
 
@@ -229,10 +241,10 @@ class Attention(nn.Module):
         q = self.queries(x, rotary)
         entries = self.write(x, rotary)
         if context.cache is None:
-            k, v = self.read(*self.as_cached(entries), rotary)
+            k, v = self.read(self.as_cached(entries), rotary)
             return self.output(attend(q, k, v, self.config.scale, self.window, context.documents))
         view = context.cache.update(self.layer, self.pack(entries))
-        k, v = self.read(*self.unpack(view.stored, q.dtype), view.rotary)
+        k, v = self.read(self.unpack(view.stored, q.dtype), view.rotary)
         if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies
             return self.output(attend(q, k, v, self.config.scale, self.window))
         return self.output(_sdpa(q, k, v, self.config.scale, view.mask))

@@ -1,4 +1,4 @@
-"""Attention whose keys and values are each in a form of their own."""
+"""Attention whose queries, keys and values are each in a form of their own."""
 
 from __future__ import annotations
 
@@ -7,68 +7,64 @@ from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention, RotaryTable
 from tpa_train.gemma3.config import Gemma3Config
-from tpa_train.tpa.forms import KEY_FORMS, VALUE_FORMS
-from tpa_train.tpa.quantization import decode, encode, fake_quantize, stored_shapes
+from tpa_train.tpa.entries import StoredShape
+from tpa_train.tpa.forms import build_keys, build_output, build_queries, build_shared, build_values
 from tpa_train.tpa.spec import LayerSpec
+
+Entries = tuple[Tensor, ...]
 
 
 class FactorizedAttention(Attention):
-    """Gemma 3 attention with ``keys`` and ``values`` forms; queries stay dense (they are never cached)."""
+    """Gemma 3 attention in the forms of ``spec``: ``keys`` and ``values``, and ``query_form`` unless queries are dense.
+
+    ``shared`` holds the factors that Tucker parts have in common, ``output_form`` a Tucker output projection.
+    """
 
     def __init__(self, config: Gemma3Config, layer: int, spec: LayerSpec) -> None:
         self.spec = spec  # before the base class builds the projections
         super().__init__(config, layer)
+        key_entries, value_entries = spec.key_entries(config), spec.value_entries(config)
+        self.entries = key_entries + value_entries
+        self.num_key_entries = len(key_entries)
+
+    def _build_query(self) -> None:
+        self.shared = build_shared(self.config, self.spec)  # first: every Tucker part refers to it
+        if self.spec.form_q == "dense":
+            super()._build_query()
+        else:
+            self.query_form = build_queries(self.config, self.spec, self.shared)
+
+    def raw_queries(self, x: Tensor) -> Tensor:
+        return super().raw_queries(x) if self.spec.form_q == "dense" else self.query_form(x)
 
     def _build_key_value(self) -> None:
-        self.keys = KEY_FORMS[self.spec.form_k](self.config, self.spec.rank_k)
-        self.values = VALUE_FORMS[self.spec.form_v](self.config, self.spec.rank_v)
+        self.keys = build_keys(self.config, self.spec, self.shared)
+        self.values = build_values(self.config, self.spec, self.shared)
+        self.output_form = build_output(self.config, self.spec, self.shared)
 
-    @property
-    def form_k(self) -> str:
-        return self.spec.form_k
+    def write(self, x: Tensor, rotary: RotaryTable) -> Entries:
+        return (*self.keys.write(x, rotary), *self.values.write(x))
 
-    @property
-    def form_v(self) -> str:
-        return self.spec.form_v
+    def as_cached(self, entries: Entries) -> Entries:
+        return tuple(entry.rounded(t) for entry, t in zip(self.entries, entries, strict=True))
 
-    @property
-    def rank_k(self) -> int:
-        return self.keys.rank
+    def storage(self) -> list[StoredShape]:
+        return [shape for entry in self.entries for shape in entry.storage()]
 
-    @property
-    def rank_v(self) -> int:
-        return self.values.rank
+    def pack(self, entries: Entries) -> Entries:
+        return tuple(s for entry, t in zip(self.entries, entries, strict=True) for s in entry.pack(t))
 
-    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
-        return self.keys.write(x, rotary), self.values.write(x)
+    def unpack(self, stored: Entries, dtype: torch.dtype) -> Entries:
+        unpacked, start = [], 0
+        for entry in self.entries:
+            stop = start + len(entry.storage())
+            unpacked.append(entry.unpack(stored[start:stop], dtype))
+            start = stop
+        return tuple(unpacked)
 
-    def as_cached(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(fake_quantize(t, self.spec.bits) for t in entries)
-
-    def storage(self) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
-        bits, shapes = self.spec.bits, (self.keys.shape, self.values.shape)
-        if bits == 16:
-            return [(shape, None) for shape in shapes]
-        quantized = []
-        for groups, count in shapes:
-            codes, scales = stored_shapes(count, bits)
-            quantized += [((groups, *codes), torch.uint8), ((groups, *scales), torch.float16)]
-        return quantized
-
-    def pack(self, entries: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        if self.spec.bits == 16:
-            return entries
-        return tuple(t for entry in entries for t in encode(entry, self.spec.bits))
-
-    def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        bits = self.spec.bits
-        if bits == 16:
-            return super().unpack(stored, dtype)
-        counts = self.keys.shape[-1], self.values.shape[-1]
-        return tuple(decode(*stored[2 * i : 2 * i + 2], bits, counts[i], dtype) for i in range(2))
-
-    def read(self, k_entry: Tensor, v_entry: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
-        return self.keys.read(k_entry, rotary), v_entry
+    def read(self, entries: Entries, rotary: RotaryTable) -> tuple[Tensor, Tensor]:
+        keys, values = entries[: self.num_key_entries], entries[self.num_key_entries :]
+        return self.keys.read(keys, rotary), self.values.read(values, keys)
 
     def output(self, heads: Tensor) -> Tensor:
-        return self.values.output(heads)
+        return self.values.output(heads) if self.output_form is None else self.output_form(heads)

@@ -25,6 +25,9 @@ _FROM_DENSE = {
     "keys.norm.": "k_norm.",
     "values.proj.": "v_proj.",
 }
+# Forms of values that are expanded, and projected by W_O itself.
+KEEPS_OUTPUT = ("dense", "joint", "contextual", "constant_a")
+_FACTORS = (".keys.", ".values.", ".query_form.", ".output_form.", ".shared.")
 
 
 def dense_name(name: str, spec: LayerSpec | None) -> str | None:
@@ -34,9 +37,9 @@ def dense_name(name: str, spec: LayerSpec | None) -> str | None:
     for ours, theirs in _FROM_DENSE.items():
         if ours in name:
             return name.replace(ours, theirs)
-    if ".values.out." in name and spec.form_v == "dense":
+    if ".values.out." in name and spec.form_v in KEEPS_OUTPUT:
         return name.replace("values.out.", "o_proj.")
-    return None if (".keys." in name or ".values." in name) else name
+    return None if any(part in name for part in _FACTORS) else name
 
 
 def layer_of(name: str) -> int | None:

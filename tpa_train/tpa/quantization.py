@@ -1,4 +1,4 @@
-"""Group-wise asymmetric quantization of cached numbers: 8 or 4 bits, groups of 32 with a 16-bit scale and minimum.
+"""Group-wise asymmetric quantization of cached numbers: 2 to 8 bits, groups of 32 with a 16-bit scale and minimum.
 
 The cache stores ``encode``'s output and reads ``decode``'s; training and the full forward see exactly the same
 numbers through ``fake_quantize``, with the straight-through gradient (arXiv:1308.3432).
@@ -13,7 +13,8 @@ from torch import Tensor
 from tpa_train.errors import UserError
 
 GROUP = 32  # numbers that share a scale and a minimum
-BITS = (16, 8, 4)  # 16: stored in the cache's own floating-point type
+BITS = (16, 8, 6, 4, 3, 2)  # 16: stored in the cache's own floating-point type
+WORD = 8  # codes that are packed together, into as many bytes as a code has bits
 SCALE_BYTES = 2 * 2  # of one group: scale and minimum in float16
 
 
@@ -56,28 +57,45 @@ def _codes(groups: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
     return steps.round().clamp(0, 2**bits - 1)
 
 
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs uint8 codes [..., n] below 2^bits into bytes [..., ⌈n·bits/8⌉]."""
+    if bits == 8:
+        return codes
+    count = codes.shape[-1]
+    words = F.pad(codes, (0, -count % WORD)).unflatten(-1, (-1, WORD)).long()
+    word = (words << (bits * torch.arange(WORD, device=codes.device))).sum(-1, keepdim=True)
+    packed = (word >> (8 * torch.arange(bits, device=codes.device))) & 255
+    return packed.flatten(-2)[..., : -(-count * bits // 8)].to(torch.uint8)
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Returns the ``count`` codes [..., n] that ``_pack`` packed, uint8."""
+    if bits == 8:
+        return packed
+    parts = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
+    word = (parts << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
+    codes = (word >> (bits * torch.arange(WORD, device=packed.device))) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count].to(torch.uint8)
+
+
 def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantizes the last dimension of ``x`` [..., n].
 
     Returns:
-        codes uint8 [..., ⌈n·bits/8⌉] (two 4-bit codes a byte, the even one low) and scales float16 [..., ⌈n/32⌉, 2]
-        (scale, minimum).
+        codes uint8 [..., ⌈n·bits/8⌉] (little-endian: the first code lies in the lowest bits) and scales float16
+        [..., ⌈n/32⌉, 2] (scale, minimum).
     """
     count = x.shape[-1]
     groups = _grouped(x.float())
     scale, low = _bounds(groups, bits)
-    codes = _codes(groups, scale, low, bits).to(torch.uint8).flatten(-2)[..., :count]
-    if bits == 4:
-        codes = F.pad(codes, (0, count % 2))
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    codes = _pack(_codes(groups, scale, low, bits).flatten(-2)[..., :count].to(torch.uint8), bits)
     # Stacked in float32: autocast on a CPU cannot promote float16.
     return codes, torch.stack((scale.float(), low.float()), dim=-1).to(torch.float16)
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:
     """Returns the ``count`` numbers [..., n] that ``encode`` stored, in ``dtype``."""
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :count]
+    codes = _unpack(codes, bits, count)
     groups = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).float()
     scale, low = scales.float().unbind(-1)
     return (groups * scale[..., None] + low[..., None]).flatten(-2)[..., :count].to(dtype)

@@ -1,4 +1,4 @@
-"""What a converted model looks like, as data: the form and rank of keys and values in every layer."""
+"""What a converted model looks like, as data: forms, ranks and cache widths of every layer."""
 
 from __future__ import annotations
 
@@ -7,37 +7,109 @@ from dataclasses import dataclass
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.config import Gemma3Config
-from tpa_train.tpa.quantization import check_bits, entry_bytes
+from tpa_train.tpa.entries import Bits, Entry, check_widths, describe_bits
 
-FORMS = ("dense", "latent")
-FORMAT_VERSION = 1  # of exported folders; raised when an older reader could not load a newer folder
+# Forms of DESIGN §3. constant_a and constant_b are the contextual form with a constant A or B; a joint latent serves
+# keys and values at once.
+KEY_VALUE_FORMS = ("dense", "latent", "joint", "contextual", "constant_a", "constant_b", "tucker")
+QUERY_FORMS = ("dense", "contextual", "tucker")
+OUTPUT_FORMS = ("dense", "tucker")
+FORMAT_VERSION = 2  # of exported folders; raised when an older reader could not load a newer folder
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Form and rank of one layer's keys and values. In the dense form the rank is head_dim."""
+    """Forms, ranks and cache widths of one layer. In the dense form the rank is head_dim.
+
+    ``rank``: r of a latent, R of the contextual forms, r₂ (feature mode) of Tucker.
+    ``heads``: r_h, the rank of Tucker's head mode; 0 leaves the mode whole (r_h = G).
+    ``hidden``: r₁, the rank of Tucker's hidden mode, shared by all Tucker parts of the layer; 0 leaves it whole (D).
+    ``shared_features``: whether all Tucker parts of the layer share one U_feat (their ranks are then equal).
+    ``rank_o``: r₂ of a Tucker output projection of dense values; of Tucker values it is ``rank_v``.
+    ``bits``: widths of the cached numbers (``tpa.entries.Bits``); ``bits_v`` are ``bits_k`` where left out.
+    """
 
     form_k: str = "dense"
     rank_k: int = 0
     form_v: str = "dense"
     rank_v: int = 0
-    bits: int = 16  # of every cached number; 16 means the cache's own floating-point type
+    bits_k: Bits = 16
+    bits_v: Bits | None = None
+    form_q: str = "dense"
+    rank_q: int = 0
+    form_o: str = "dense"
+    heads_k: int = 0
+    heads_v: int = 0
+    hidden: int = 0
+    shared_features: bool = False
+    rank_o: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        for form in (self.form_k, self.form_v):
-            if form not in FORMS:
-                raise UserError(f"unknown TPA form '{form}'{nearest(form, FORMS)}")
+        for name in ("bits_k", "bits_v"):
+            bits = getattr(self, name)
+            if isinstance(bits, list):
+                object.__setattr__(self, name, tuple(bits))
+        if self.bits_v is None:
+            object.__setattr__(self, "bits_v", self.bits_k)
+        check_widths(self.bits_k)
+        check_widths(self.bits_v)
+        for form, forms in (
+            (self.form_k, KEY_VALUE_FORMS), (self.form_v, KEY_VALUE_FORMS), (self.form_q, QUERY_FORMS),
+            (self.form_o, OUTPUT_FORMS),
+        ):  # fmt: skip
+            if form not in forms:
+                raise UserError(f"unknown TPA form '{form}'{nearest(form, forms)}")
+        joint = "joint" in (self.form_k, self.form_v)
+        if joint and (self.form_k, self.rank_k) != (self.form_v, self.rank_v):
+            raise UserError("a joint latent serves keys and values at once: both need the form 'joint' and one rank.")
 
     @property
     def converted(self) -> bool:
-        return self.form_k != "dense" or self.form_v != "dense" or self.bits != 16
+        forms = {self.form_k, self.form_v, self.form_q, self.form_o}
+        return forms != {"dense"} or (self.bits_k, self.bits_v) != (16, 16)
+
+    def describe(self) -> str:
+        """Returns one line for a person, e.g. ``K latent 96 @ 8+4×2   V latent 128 @ 4``."""
+        parts = [("K", self.form_k, self.rank_k, self.bits_k), ("V", self.form_v, self.rank_v, self.bits_v)]
+        if self.form_q != "dense":
+            parts.insert(0, ("Q", self.form_q, self.rank_q, 16))
+        return "   ".join(f"{name} {form} {rank} @ {describe_bits(bits)}" for name, form, rank, bits in parts)
+
+    def key_entries(self, config: Gemma3Config) -> list[Entry]:
+        """Returns what keys cache a token. Per-token coefficients and norms (few, and sensitive) stay at 16 bits."""
+        return _entries(config, self.form_k, self.rank_k, self.heads_k, self.bits_k, keys=True)
+
+    def value_entries(self, config: Gemma3Config) -> list[Entry]:
+        """Returns what values cache a token; nothing for a joint latent, which the keys cache."""
+        return _entries(config, self.form_v, self.rank_v, self.heads_v, self.bits_v, keys=False)
 
     def bytes_per_token(self, config: Gemma3Config) -> int:
-        """Bytes that one token caches in this layer: G·d numbers each for dense K and V, G·r for latent ones."""
-        k = config.head_dim if self.form_k == "dense" else self.rank_k
-        v = config.head_dim if self.form_v == "dense" else self.rank_v
-        return config.num_kv_heads * (entry_bytes(k, self.bits) + entry_bytes(v, self.bits))
+        """Returns the bytes that one token caches in this layer, in a 16-bit cache."""
+        return sum(entry.nbytes for entry in self.key_entries(config) + self.value_entries(config))
+
+
+def _entries(config: Gemma3Config, form: str, rank: int, heads: int, bits: Bits, keys: bool) -> list[Entry]:
+    groups, width = config.num_kv_heads, config.head_dim
+    heads = heads or groups
+    norms = [Entry(1, groups)] if keys else []
+    match form:
+        case "dense":
+            entries = [Entry(groups, width, bits)]
+        case "latent":
+            entries = [Entry(groups, rank, bits)]
+        case "joint":
+            entries = [Entry(1, rank, bits)] if keys else []
+        case "contextual":  # a' [R, G] and b' [R, d]: R(G + d) numbers
+            entries = [Entry(rank, groups), Entry(rank, width, bits)]
+        case "constant_a":  # b' [R, d] and, for keys, 1/rms of every head
+            entries = [Entry(rank, width, bits), *norms]
+        case "constant_b":  # a' [G, R]: the latent form with one U for all heads
+            entries = [Entry(groups, rank, bits)]
+        case "tucker":  # core activations [r_h, r₂]; norms only where heads are mixed, else they are divided out
+            entries = [Entry(heads, rank, bits), *(norms if heads < groups else [])]
+    for entry in entries:
+        check_widths(entry.bits, entry.count)
+    return entries
 
 
 def dense_specs(config: Gemma3Config) -> list[LayerSpec]:

@@ -1,12 +1,11 @@
-"""How keys and values are written into the cache and read back, one small module per form.
-
-A form is built for one layer and one of K, V; the two are chosen separately. Keys: QK-norm is part of ``write`` and
-RoPE of ``write`` (dense) or ``read`` (latent), so both stay exact. Values: the output projection belongs to the form,
-because latent values are never expanded: U_v is folded into W_O.
+"""Dense, latent and joint latent keys and values.
 
 Latent form (DESIGN §3): K_t[g] = U_g c_t[g] with c_t[g] = A_g x. With the Gram matrix of U, rms(K)² = cᵀ(UᵀU)c/d + ε,
 so the cache holds ĉ = c/rms and nothing else: G·r numbers. Every latent is cached relative to a constant ``center``: a
 group of numbers around zero spans less, so a quantized cache rounds it less, at no cost in bytes.
+
+Joint latent (DESIGN §3, the shape of MLA, arXiv:2405.04434, eq. 9-11): one latent c = A x for keys and values of all
+heads. It is cached as it is, since values need it without the keys' norm: keys divide by their rms when rebuilt.
 """
 
 from __future__ import annotations
@@ -24,21 +23,20 @@ class DenseKeys(nn.Module):
 
     form = "dense"
 
-    def __init__(self, config: Gemma3Config, rank: int = 0) -> None:
+    def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         self.shape = (config.num_kv_heads, config.head_dim)
-        self.rank = config.head_dim
         self.proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def write(self, x: Tensor, rotary: RotaryTable) -> Tensor:
+    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, ...]:
         """Returns the cache entry [B, L, G, d] of tokens ``x`` [B, L, D]."""
         k = self.proj(x).unflatten(-1, self.shape)
-        return apply_rotary(self.norm(k), rotary).to(k.dtype)
+        return (apply_rotary(self.norm(k), rotary).to(k.dtype),)
 
-    def read(self, entry: Tensor, rotary: RotaryTable) -> Tensor:
+    def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
         """Returns keys [B, S, G, d]."""
-        return entry
+        return entries[0]
 
 
 class LatentKeys(nn.Module):
@@ -48,14 +46,14 @@ class LatentKeys(nn.Module):
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
-        self.rank, self.head_dim = rank, config.head_dim
+        self.head_dim = config.head_dim
         self.shape = (config.num_kv_heads, rank)
         self.down = Linear(config.hidden_size, config.num_kv_heads * rank)  # A
         self.up = nn.Parameter(torch.empty(config.num_kv_heads, config.head_dim, rank))  # U
         self.center = nn.Parameter(torch.zeros(config.num_kv_heads, rank))
         self.norm = RMSNorm(config.head_dim, config.rms_norm_eps)  # only its weight and ε are used
 
-    def write(self, x: Tensor, rotary: RotaryTable) -> Tensor:
+    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, ...]:
         """Returns ĉ = c / rms(U c) less the center, [B, L, G, r]."""
         c = self.down(x).unflatten(-1, self.shape)
         dtype = accumulation_dtype(c.dtype)
@@ -65,10 +63,11 @@ class LatentKeys(nn.Module):
             wide = c.to(dtype)
             square = (torch.einsum("blgr,grs->blgs", wide, gram) * wide).sum(-1, keepdim=True)
             entry = wide * torch.rsqrt(square / self.head_dim + self.norm.eps) - self.center.to(dtype)
-        return entry.to(c.dtype)
+        return (entry.to(c.dtype),)
 
-    def read(self, entry: Tensor, rotary: RotaryTable) -> Tensor:
+    def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
         """Returns RoPE((1+w) ⊙ U ĉ), [B, S, G, d]."""
+        entry = entries[0]
         up = ((1.0 + self.norm.weight)[None, :, None] * self.up).to(entry.dtype)
         entry = (entry + self.center).to(entry.dtype)
         keys = torch.einsum("bsgr,gdr->bsgd", entry, up)
@@ -80,16 +79,19 @@ class DenseValues(nn.Module):
 
     form = "dense"
 
-    def __init__(self, config: Gemma3Config, rank: int = 0) -> None:
+    def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
-        self.rank = config.head_dim
         self.shape = (config.num_kv_heads, config.head_dim)
         self.proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
-    def write(self, x: Tensor) -> Tensor:
+    def write(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns the cache entry [B, L, G, d]; attention runs on it as it is."""
-        return self.proj(x).unflatten(-1, self.shape)
+        return (self.proj(x).unflatten(-1, self.shape),)
+
+    def read(self, entries: tuple[Tensor, ...], key_entries: tuple[Tensor, ...]) -> Tensor:
+        """Returns values [B, S, G, d]."""
+        return entries[0]
 
     def output(self, heads: Tensor) -> Tensor:
         """Projects [B, L, H, d] to [B, L, D]."""
@@ -107,17 +109,20 @@ class LatentValues(nn.Module):
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
-        self.rank = rank
         self.shape = (config.num_kv_heads, rank)
         self.down = Linear(config.hidden_size, config.num_kv_heads * rank)  # A
         self.out = Linear(config.num_heads * rank, config.hidden_size)  # W_O^h U_v, per query head
         self.center = nn.Parameter(torch.zeros(config.num_kv_heads, rank))
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def write(self, x: Tensor) -> Tensor:
+    def write(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns the latents less the center, [B, L, G, r]."""
         c = self.down(x).unflatten(-1, self.shape)
-        return (c - self.center).to(c.dtype)
+        return ((c - self.center).to(c.dtype),)
+
+    def read(self, entries: tuple[Tensor, ...], key_entries: tuple[Tensor, ...]) -> Tensor:
+        """Returns the latents [B, S, G, r]: attention runs on them as they are."""
+        return entries[0]
 
     def output(self, heads: Tensor) -> Tensor:
         """Projects [B, L, H, r] to [B, L, D]."""
@@ -125,5 +130,56 @@ class LatentValues(nn.Module):
         return out + self.bias.to(out.dtype)
 
 
-KEY_FORMS = {form.form: form for form in (DenseKeys, LatentKeys)}
-VALUE_FORMS = {form.form: form for form in (DenseValues, LatentValues)}
+class JointKeys(nn.Module):
+    """Keys of all heads from the latent that values share: K[g] = U_g c, normalised and rotated when read."""
+
+    form = "joint"
+
+    def __init__(self, config: Gemma3Config, rank: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.down = Linear(config.hidden_size, rank)  # A, of keys and values
+        self.up = nn.Parameter(torch.empty(config.num_kv_heads, config.head_dim, rank))  # U_k
+        self.center = nn.Parameter(torch.zeros(rank))
+        self.norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def write(self, x: Tensor, rotary: RotaryTable) -> tuple[Tensor, ...]:
+        """Returns the latent less the center, [B, L, 1, r]."""
+        c = self.down(x)
+        return ((c - self.center).to(c.dtype)[..., None, :],)
+
+    def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
+        """Returns RoPE(norm(U c)), [B, S, G, d]."""
+        latent = entries[0][..., 0, :]
+        latent = (latent + self.center).to(latent.dtype)
+        keys = torch.einsum("bsr,gdr->bsgd", latent, self.up.to(latent.dtype))
+        return apply_rotary(self.norm(keys), rotary).to(latent.dtype)
+
+
+class JointValues(nn.Module):
+    """Values from the keys' latent: V[g] = U_v[g] c, projected by the original W_O.
+
+    U_v is not folded into W_O: that would make H·r·D weights out of G·d·r, and a joint latent is often wider than d.
+    """
+
+    form = "joint"
+
+    def __init__(self, config: Gemma3Config, rank: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(config.num_kv_heads, config.head_dim, rank))  # U_v
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def write(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns nothing: the keys cache the latent."""
+        return ()
+
+    def read(self, entries: tuple[Tensor, ...], key_entries: tuple[Tensor, ...]) -> Tensor:
+        """Returns values [B, S, G, d] around their mean, which is in the bias."""
+        latent = key_entries[0][..., 0, :]
+        return torch.einsum("bsr,gdr->bsgd", latent, self.up.to(latent.dtype))
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Projects [B, L, H, d] to [B, L, D]."""
+        out = self.out(heads.flatten(-2))
+        return out + self.bias.to(out.dtype)

@@ -1,0 +1,48 @@
+"""AdamW whose steps are relative to the size of what they change, element by element where a factor needs it.
+
+The rows (or columns) of a factor belong to latents of very different importance, and latents are scaled to equal spread
+for the cache's sake: their weights then differ by orders of magnitude. A step of one size would drown the large
+directions in noise, so a step is scaled like the factor itself, by the outer product of its row and column sizes over
+the overall size (the factored second moment of Adafactor, arXiv:1804.04235, §3, applied to weights).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
+    """Returns the step size of every element relative to a learning rate, as tensors to multiply, each broadcastable.
+
+    Row and column sizes are root mean squares over the other dimension, all but the last dimension being rows. A factor
+    that starts at zero has no size of its own: it gets that of a random matrix with its number of columns.
+    """
+    wide = factor.detach().float()
+    overall = wide.square().mean().sqrt()
+    if not overall > 0:
+        return (torch.full((1,) * factor.dim(), factor.shape[-1] ** -0.5, device=factor.device),)
+    if factor.dim() < 2:
+        return (overall.reshape((1,) * factor.dim()),)
+    rows = wide.square().mean(-1, keepdim=True).sqrt()
+    columns = wide.square().mean(tuple(range(factor.dim() - 1)), keepdim=True).sqrt()
+    return rows / overall, columns
+
+
+class ScaledAdamW(torch.optim.AdamW):
+    """AdamW with an optional ``scale`` in a parameter group: each step is multiplied by it, element by element.
+
+    A group with a ``scale`` holds exactly one parameter. The state is AdamW's own, so checkpoints do not change.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        scaled = [(group["params"][0], group["scale"]) for group in self.param_groups if group.get("scale") is not None]
+        before = [parameter.clone() for parameter, _ in scaled]
+        loss = super().step(closure)
+        for (parameter, scales), old in zip(scaled, before, strict=True):
+            step = parameter - old
+            for scale in scales:
+                step *= scale.to(parameter)
+            parameter.copy_(old + step)
+        return loss

@@ -1,0 +1,116 @@
+"""What one token puts into the cache, as data: the layout of every form, its bytes, and packing to them and back.
+
+An entry is a matrix of numbers a token, [rows, count]; its last dimension is stored in groups of 32, each at a width
+of its own (16: the cache's floating-point type). Several widths in one entry are how a latent in its eigenbasis spends
+bits where the energy is (transform coding: Goyal, IEEE SPM 2001, §"reverse water-filling").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from tpa_train.errors import UserError
+from tpa_train.tpa.quantization import GROUP, check_bits, decode, encode, entry_bytes, fake_quantize, stored_shapes
+
+Bits = int | tuple[int, ...]  # one width for all groups of 32, or one a group
+
+StoredShape = tuple[tuple[int, ...], torch.dtype | None]  # trailing shape and dtype; None: the cache's own
+
+
+def check_widths(bits: Bits, count: int | None = None) -> None:
+    """Refuses widths that the cache cannot store, or that do not fit ``count`` numbers.
+
+    Raises:
+        UserError: see the message.
+    """
+    widths = (bits,) if isinstance(bits, int) else bits
+    for width in widths:
+        check_bits(width)
+    if not isinstance(bits, int) and count is not None and len(bits) != -(-count // GROUP):
+        raise UserError(f"{len(bits)} widths were given for {count} cached numbers, one a group of {GROUP} is needed.")
+
+
+def mean_bits(bits: Bits) -> float:
+    """Returns the average width of the groups."""
+    return float(bits) if isinstance(bits, int) else sum(bits) / max(1, len(bits))
+
+
+def describe_bits(bits: Bits) -> str:
+    """Returns widths for a person: ``4``, or ``8+4×3`` for one group of 8 bits and three of 4."""
+    if isinstance(bits, int):
+        return str(bits)
+    runs = [(width, len(list(run))) for width, run in groupby(bits)]
+    return "+".join(f"{width}×{count}" if count > 1 else str(width) for width, count in runs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``rows`` × ``count`` numbers that one token caches, e.g. one row a KV head."""
+
+    rows: int
+    count: int
+    bits: Bits = 16
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(start, stop, bits) of neighbouring groups of one width, which are stored together."""
+        if isinstance(self.bits, int):
+            return ((0, self.count, self.bits),)
+        merged: list[tuple[int, int, int]] = []
+        for index, bits in enumerate(self.bits):
+            start, stop = index * GROUP, min((index + 1) * GROUP, self.count)
+            if merged and merged[-1][2] == bits:
+                start = merged.pop()[0]
+            merged.append((start, stop, bits))
+        return tuple(merged)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded beyond the cache's floating-point type."""
+        return all(bits == 16 for *_, bits in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a token, scales counted, in a 16-bit cache."""
+        return self.rows * sum(entry_bytes(stop - start, bits) for start, stop, bits in self.segments)
+
+    def storage(self) -> list[StoredShape]:
+        """Returns the trailing shape and dtype of every tensor that holds the entry."""
+        shapes: list[StoredShape] = []
+        for start, stop, bits in self.segments:
+            if bits == 16:
+                shapes.append(((self.rows, stop - start), None))
+                continue
+            codes, scales = stored_shapes(stop - start, bits)
+            shapes += [((self.rows, *codes), torch.uint8), ((self.rows, *scales), torch.float16)]
+        return shapes
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns what the cache stores of ``x`` [..., rows, count], one tensor per item of ``storage``."""
+        stored: list[Tensor] = []
+        for start, stop, bits in self.segments:
+            part = x[..., start:stop]
+            stored += (part,) if bits == 16 else encode(part, bits)
+        return tuple(stored)
+
+    def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Returns the numbers [..., rows, count] that ``pack`` stored, in ``dtype``."""
+        parts, rest = [], list(stored)
+        for start, stop, bits in self.segments:
+            if bits == 16:
+                parts.append(rest.pop(0).to(dtype))
+            else:
+                parts.append(decode(rest.pop(0), rest.pop(0), bits, stop - start, dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Returns ``x`` as the cache would give it back; the gradient passes straight through."""
+        if self.exact:
+            return x
+        parts = [fake_quantize(x[..., start:stop], bits) for start, stop, bits in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
