@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tpa_train.errors import UserError
@@ -87,6 +88,12 @@ class Bases:
 
 def layer_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
     """Returns one layer's factors by full state-dict name, float64."""
+    with torch.autocast("cpu", enabled=False):  # a caller that measures in bfloat16 must not round the solver's work
+        factors = _attention_factors(model, bases, layer, spec)
+    return {f"layers.{layer}.self_attn.{name}": tensor for name, tensor in factors.items()}
+
+
+def _attention_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
     attention = model.layers[layer].self_attn
     factors: dict[str, Tensor] = {}
     if spec.form_k == "joint":
@@ -100,7 +107,7 @@ def layer_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: Laye
             factors |= bases.contextual(attention, layer, kind, form, rank)
     if "tucker" in (spec.form_k, spec.form_v, spec.form_q, spec.form_o):
         factors |= tucker_factors(model, bases, layer, spec)
-    return {f"layers.{layer}.self_attn.{name}": tensor for name, tensor in factors.items()}
+    return factors
 
 
 def tucker_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
