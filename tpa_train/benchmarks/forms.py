@@ -7,16 +7,20 @@ bytes a token (K and V apart, joint and mixed together) and the best rank that f
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
 
 from tpa_train.checkpoints import load_pretrained
+from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import Evaluator
 from tpa_train.factorization.allocation import FORMS, Budget, allocate, joint_groups, layer_choices, plan_probes
 from tpa_train.factorization.contextual_factorization import contextual_error, per_token_error
@@ -34,9 +38,11 @@ from tpa_train.pipeline import (
     measure_layer_errors,
     recover,
     sensitivity_text,
+    student_factors,
 )
 from tpa_train.recipes import compose
-from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
+from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs, specs_to_dicts
 
 COMPARED = ("contextual", "constant_a", "latent", "joint", "tucker", "mixed")
 
@@ -55,22 +61,44 @@ class FormsSettings:
     layerwise_tokens: int = field(default=262_144, metadata={"help": "tokens of the layer-wise stage"})
     distill_tokens: int = field(default=524_288, metadata={"help": "tokens of the end-to-end stage"})
     evaluation_tokens: int = field(default=65_536, metadata={"help": "held-out tokens"})
+    solved: str | None = field(
+        default=None, metadata={"help": "folder that keeps the solved factors, to recover them later or elsewhere"}
+    )
+
+
+@dataclass
+class Cell:
+    """One form at the bytes of one R: what it became, its factors, and what it costs before any recovery."""
+
+    rank: int
+    form: str
+    specs: list[LayerSpec]
+    factors: dict[str, Tensor]
+    row: dict[str, Any]
 
 
 def run(settings: FormsSettings) -> list[dict[str, Any]]:
-    """Returns one row per seed, R and form with all converted layers together, and one per layer alone (one-shot).
+    """Returns rows of each cell: every layer alone and one-shot, all layers before and after recovery, by seed; means.
 
     Raises:
         UserError: the model has one KV head, or an option is at fault.
     """
-    rows: list[dict[str, Any]] = []
-    teacher: Gemma3ForCausalLM | None = None
     with tempfile.TemporaryDirectory() as folder:
+        session = _session(settings, 0, Path(folder), None)
+        rows, cells, metrics = solve(session, settings)
         for seed in range(settings.seeds):
-            session = _session(settings, seed, Path(folder), teacher)
-            teacher = session.teacher
-            rows += list(_rows_of_seed(session, settings, seed))
+            if seed > 0:
+                session = _session(settings, seed, Path(folder), session.teacher)
+            evaluator = _evaluator(session, settings)
+            for cell in cells:
+                rows.append(_recovered(session, settings, evaluator, cell, metrics, seed))
+                _say(rows[-1])
     return rows + summary(rows)
+
+
+def _say(row: dict[str, Any]) -> None:
+    shown = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if not isinstance(v, dict)}
+    tqdm.write("  ".join(f"{k}={v}" for k, v in shown.items()))
 
 
 def _session(settings: FormsSettings, seed: int, folder: Path, teacher: Gemma3ForCausalLM | None) -> Session:
@@ -91,45 +119,93 @@ def _session(settings: FormsSettings, seed: int, folder: Path, teacher: Gemma3Fo
     return Session(composed, folder, teacher)
 
 
-def _rows_of_seed(session: Session, settings: FormsSettings, seed: int) -> Iterator[dict[str, Any]]:
+def _evaluator(session: Session, settings: FormsSettings) -> Evaluator:
+    rows = session.data.heldout_rows(settings.evaluation_tokens)
+    return Evaluator(session.teacher, rows, {}, autocast=session.machine.autocast, progress=False)
+
+
+def solve(session: Session, settings: FormsSettings) -> tuple[list[dict[str, Any]], list[Cell], dict[int, Tensor]]:
+    """Returns the one-shot rows, the cells to recover, and the layers' output metrics.
+
+    With ``settings.solved`` all of it is kept in that folder, and read from there the next time: solving wants a CPU
+    for minutes, recovering wants an accelerator.
+    """
+    kept = Path(settings.solved) / "cells.json" if settings.solved else None
+    if kept is not None and kept.exists():
+        return _read_solved(kept)
     config = session.config
     layers = [i for i in range(config.num_layers) if config.is_global(i)]
     calibration, cost = calibrate(session, layers)
     measured = Measured(Bases.of(session.teacher, calibration), {}, cost)
     _measure_all(session, measured, layers)
-    evaluator = Evaluator(
-        session.teacher, session.data.heldout_rows(settings.evaluation_tokens), {},
-        autocast=session.machine.autocast, progress=False,
-    )  # fmt: skip
+    evaluator, rows, cells, metrics = _evaluator(session, settings), [], [], {}
     for rank in settings.ranks:
-        size = contextual_bytes(config, rank)
         for form in COMPARED:
-            base = {"seed": seed, "R": rank, "form": form, "bytes_per_token": size}
+            base = {"R": rank, "form": form, "bytes_per_token": contextual_bytes(config, rank)}
             found = best_specs(session, measured, layers, form, rank)
             if isinstance(found, str):
-                yield base | {"layers": layers, "na": found}
+                rows.append(base | {"layers": layers, "na": found})
                 continue
             for layer in layers:
                 alone = dense_specs(config)
                 alone[layer] = found[layer]
                 result = evaluator.evaluate(build_student(session.teacher, measured.bases, alone), form)
                 errors = _token_errors(session, measured, layer, rank) if form == "contextual" else {}
-                yield base | errors | {
-                    "layers": [layer], "spec": found[layer].describe(), "used_bytes": found[layer].bytes_per_token(config),
-                    "one_shot_kl": result.kl,
-                }  # fmt: skip
+                rows.append(
+                    base | errors | {
+                        "layers": [layer], "spec": found[layer].describe(),
+                        "used_bytes": found[layer].bytes_per_token(config), "one_shot_kl": result.kl,
+                    }
+                )  # fmt: skip
+                _say(rows[-1])
             student = convert(session, measured, found)
-            before, error_before = evaluator.evaluate(student, form), measure_layer_errors(session, student)
-            for stage in ("layerwise", "distill"):
-                recover(session, student, stage)
-            after, error_after = evaluator.evaluate(student, form), measure_layer_errors(session, student)
-            yield base | {
-                "layers": layers, "one_shot_kl": before.kl, "recovered_kl": after.kl,
-                "one_shot_ppl_ratio": before.perplexity / before.teacher_perplexity,
-                "recovered_ppl_ratio": after.perplexity / after.teacher_perplexity,
-                "one_shot_errors": error_before, "recovered_errors": error_after,
-                "tokens": settings.layerwise_tokens + settings.distill_tokens,
-            }  # fmt: skip
+            metrics |= student.output_metrics
+            cells.append(Cell(rank, form, found, student_factors(student), base))
+    if kept is not None:
+        _write_solved(kept, rows, cells, metrics)
+    return rows, cells, metrics
+
+
+def _write_solved(path: Path, rows: list[dict[str, Any]], cells: list[Cell], metrics: dict[int, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{n}:{name}": t.cpu().contiguous() for n, c in enumerate(cells) for name, t in c.factors.items()}
+    tensors |= {f"metric:{layer}": root.cpu().contiguous() for layer, root in metrics.items()}
+    save_file(tensors, path.with_suffix(".safetensors"))
+    content = {
+        "rows": rows,
+        "cells": [{"R": c.rank, "form": c.form, "specs": specs_to_dicts(c.specs), "row": c.row} for c in cells],
+    }
+    write_text(path, json.dumps(content))
+
+
+def _read_solved(path: Path) -> tuple[list[dict[str, Any]], list[Cell], dict[int, Tensor]]:
+    content, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    cells = []
+    for number, cell in enumerate(content["cells"]):
+        factors = {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(f"{number}:")}
+        cells.append(Cell(cell["R"], cell["form"], [LayerSpec(**s) for s in cell["specs"]], factors, cell["row"]))
+    metrics = {int(k.partition(":")[2]): t for k, t in tensors.items() if k.startswith("metric:")}
+    return content["rows"], cells, metrics
+
+
+def _recovered(
+    session: Session, settings: FormsSettings, evaluator: Evaluator, cell: Cell, metrics: dict[int, Tensor], seed: int
+) -> dict[str, Any]:
+    device = session.machine.device
+    factors = {name: t.to(device) for name, t in cell.factors.items()}
+    student = Gemma3ForMultimodalLMwithTPA.from_dense(session.teacher, cell.specs, factors)
+    student.output_metrics = {i: root.to(device) for i, root in metrics.items()}
+    before, error_before = evaluator.evaluate(student, cell.form), measure_layer_errors(session, student)
+    for stage in ("layerwise", "distill"):
+        recover(session, student, stage)
+    after, error_after = evaluator.evaluate(student, cell.form), measure_layer_errors(session, student)
+    return cell.row | {
+        "seed": seed, "layers": student.converted_layers, "one_shot_kl": before.kl, "recovered_kl": after.kl,
+        "one_shot_ppl_ratio": before.perplexity / before.teacher_perplexity,
+        "recovered_ppl_ratio": after.perplexity / after.teacher_perplexity,
+        "one_shot_errors": error_before, "recovered_errors": error_after,
+        "tokens": settings.layerwise_tokens + settings.distill_tokens,
+    }  # fmt: skip
 
 
 def contextual_bytes(config: Gemma3Config, rank: int) -> int:
@@ -243,7 +319,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells.setdefault((row["R"], row["form"], tuple(row["layers"])), []).append(row)
     found = []
     for (rank, form, layers), members in cells.items():
-        seeds = len({m["seed"] for m in members})
+        seeds = len({m["seed"] for m in members if "seed" in m})
         line = {"summary": True, "R": rank, "form": form, "layers": list(layers), "seeds": seeds}
         for key in ("one_shot_kl", "recovered_kl", "recovered_ppl_ratio"):
             values = [m[key] for m in members if key in m]

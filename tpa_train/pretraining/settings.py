@@ -90,7 +90,7 @@ class PretrainArgs:
     data: DataArgs = field(default_factory=DataArgs)
     optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
     tokens: int = field(
-        default=200_000_000, metadata={"help": "tokens to train on, the text repeated as often as that takes."}
+        default=130_000_000, metadata={"help": "tokens to train on, the text repeated as often as that takes."}
     )
     context: int = field(
         default=2048, metadata={"help": "tokens of a training row; longer texts are extrapolation for the model."}
