@@ -58,7 +58,7 @@ def factorize(teacher: Gemma3ForCausalLM, *options: str) -> Gemma3ForMultimodalL
         UserError: an option, the text or the budget is at fault, or the teacher has no tokenizer.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        student, _, _ = factorize_model(_session(teacher, options, scratch))
+        student, *_ = factorize_model(_session(teacher, options, scratch))
     return student
 
 

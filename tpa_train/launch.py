@@ -218,8 +218,15 @@ class Run:
             found = {str(probe): kl for probe, kl in measured.sensitivities.items()}
             self.folder.record(sensitivities=found, balances=measured.bases.balances)
 
-        student, cost, _, allocation = factorize_model(self.session, known, balances, record)
-        return student, cost, allocation
+        student, cost, measured, allocation = factorize_model(self.session, known, balances, record)
+        seconds = {"calibration": measured.cost.seconds, "sensitivities": measured.probing_seconds}
+        seconds["factorization"] = max(0.0, cost.seconds - sum(seconds.values()))
+        say(
+            f"calibrated in {seconds['calibration']:.0f} s, {len(measured.sensitivities)} sensitivities measured in "
+            f"{seconds['sensitivities']:.0f} s, allocated and factorized in {seconds['factorization']:.0f} s; KL on "
+            f"the sensitivity text {allocation['measured']:.4f}, expected {allocation['expected']:.4f}"
+        )
+        return student, cost, allocation | {"seconds": seconds}
 
     def _rank_line(self) -> str:
         lines = [f"  {i:>3}  {spec.describe()}" for i, spec in enumerate(self.student.specs) if spec.converted]

@@ -67,6 +67,7 @@ class Measured:
     bases: Bases
     sensitivities: dict[Probe, float]
     cost: StageCost  # of the calibration
+    probing_seconds: float = 0.0  # spent on sensitivities
 
 
 @dataclass
@@ -265,6 +266,7 @@ def measure(
         with session.machine.autocast():
             return measure_sensitivity(session.teacher, bases, [p for p in probes if p not in found], text)
 
+    start = time.perf_counter()
     plan = plan_probes(config, budget, layers)
     if "joint" in budget.forms:
         quarter = max(1, config.head_dim // 4)
@@ -272,6 +274,7 @@ def measure(
         for layer in [i for i in layers if i not in bases.balances]:
             bases.balances[layer] = choose_balance(session, bases, found, layer, quarter, text)
     found |= probe(plan)
+    earlier.probing_seconds += time.perf_counter() - start
     session.measured = earlier
     return earlier
 

@@ -168,3 +168,5 @@ class RunSettings:
     resume: bool = False
     # seeds data order, calibration and training
     seed: int = 0
+    # whether --multirun ends by measuring other ways to spend the same bytes: uniform ranks, dense caches in fewer bits
+    peers: bool = True

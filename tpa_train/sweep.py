@@ -338,7 +338,8 @@ class Sweep:
     def _measure_peers(self) -> bool:
         """Measures what ``peers`` makes, as the first job was measured, and records each; True if there are any."""
         recorded = self._recorded_peers()
-        if self.peers is None or recorded["complete"] or self._unlike():
+        wanted = self.peers is not None and self._settings[0].peers
+        if not wanted or recorded["complete"] or self._unlike():
             return bool(recorded["rows"])
         sessions = [Session(s, self.folder / "logs", self._loaded(s)) for s in self._settings]
         sessions[0].measured = self._measured_for(sessions[0].settings)

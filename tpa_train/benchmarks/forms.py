@@ -86,6 +86,9 @@ def run(settings: FormsSettings) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         session = _session(settings, 0, Path(folder), None)
         rows, cells, metrics = solve(session, settings)
+        evaluator = _evaluator(session, settings)
+        for cell in cells:
+            rows += _one_shot(session, evaluator, cell)
         for seed in range(settings.seeds):
             if seed > 0:
                 session = _session(settings, seed, Path(folder), session.teacher)
@@ -138,7 +141,7 @@ def solve(session: Session, settings: FormsSettings) -> tuple[list[dict[str, Any
     calibration, cost = calibrate(session, layers)
     measured = Measured(Bases.of(session.teacher, calibration), {}, cost)
     _measure_all(session, measured, layers)
-    evaluator, rows, cells, metrics = _evaluator(session, settings), [], [], {}
+    rows, cells, metrics = [], [], {}
     for rank in settings.ranks:
         for form in COMPARED:
             base = {"R": rank, "form": form, "bytes_per_token": contextual_bytes(config, rank)}
@@ -146,21 +149,13 @@ def solve(session: Session, settings: FormsSettings) -> tuple[list[dict[str, Any
             if isinstance(found, str):
                 rows.append(base | {"layers": layers, "na": found})
                 continue
-            for layer in layers:
-                alone = dense_specs(config)
-                alone[layer] = found[layer]
-                result = evaluator.evaluate(build_student(session.teacher, measured.bases, alone), form)
-                errors = _token_errors(session, measured, layer, rank) if form == "contextual" else {}
-                rows.append(
-                    base | errors | {
-                        "layers": [layer], "spec": found[layer].describe(),
-                        "used_bytes": found[layer].bytes_per_token(config), "one_shot_kl": result.kl,
-                    }
-                )  # fmt: skip
-                _say(rows[-1])
+            if form == "contextual":
+                for layer in layers:
+                    rows.append(base | {"layers": [layer]} | _token_errors(session, measured, layer, rank))
             student = convert(session, measured, found)
             metrics |= student.output_metrics
             cells.append(Cell(rank, form, found, student_factors(student), base))
+            tqdm.write(f"solved  R={rank}  {form}  {', '.join(found[i].describe() for i in layers)}")
     if kept is not None:
         _write_solved(kept, rows, cells, metrics)
     return rows, cells, metrics
@@ -186,6 +181,26 @@ def _read_solved(path: Path) -> tuple[list[dict[str, Any]], list[Cell], dict[int
         cells.append(Cell(cell["R"], cell["form"], [LayerSpec(**s) for s in cell["specs"]], factors, cell["row"]))
     metrics = {int(k.partition(":")[2]): t for k, t in tensors.items() if k.startswith("metric:")}
     return content["rows"], cells, metrics
+
+
+def _one_shot(session: Session, evaluator: Evaluator, cell: Cell) -> list[dict[str, Any]]:
+    """Returns one row a layer: only that layer converted, nothing trained."""
+    config, rows = session.config, []
+    for layer in [i for i, spec in enumerate(cell.specs) if spec.converted]:
+        specs = dense_specs(config)
+        specs[layer] = cell.specs[layer]
+        own, device = f"layers.{layer}.", session.machine.device
+        factors = {name: t.to(device) for name, t in cell.factors.items() if name.startswith(own)}
+        student = Gemma3ForMultimodalLMwithTPA.from_dense(session.teacher, specs, factors)
+        rows.append(
+            cell.row | {
+                "layers": [layer], "spec": specs[layer].describe(),
+                "used_bytes": specs[layer].bytes_per_token(config),
+                "one_shot_kl": evaluator.evaluate(student, cell.form).kl,
+            }
+        )  # fmt: skip
+        _say(rows[-1])
+    return rows
 
 
 def _recovered(
@@ -218,8 +233,6 @@ def candidates(config: Gemma3Config, form: str, rank: int) -> list[LayerSpec] | 
     groups, width = config.num_kv_heads, config.head_dim
     numbers = rank * (groups + width)  # of K, and of V
     if form in ("contextual", "constant_a"):
-        if rank >= groups:
-            return f"R = {rank} is not below the {groups} KV heads"
         return [LayerSpec(form, rank, form, rank)]
     if form == "latent":
         r = min(width, numbers // groups)
@@ -240,6 +253,9 @@ def candidates(config: Gemma3Config, form: str, rank: int) -> list[LayerSpec] | 
 def best_specs(session: Session, measured: Measured, layers: list[int], form: str, rank: int) -> list[LayerSpec] | str:
     """Returns the specifications of all layers with ``layers`` in ``form``, the best candidate by measured KL."""
     config = session.config
+    original = dense_specs(config)[layers[0]].bytes_per_token(config)
+    if contextual_bytes(config, rank) >= original:
+        return f"R = {rank} takes {contextual_bytes(config, rank)} bytes a token, the original {original}"
     if form == "mixed":
         return _mixed(session, measured, layers, contextual_bytes(config, rank))
     options = candidates(config, form, rank)

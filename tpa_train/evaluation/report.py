@@ -16,6 +16,7 @@ from typing import Any
 from tpa_train.evaluation import plots
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import CacheReport, StageResult
+from tpa_train.tpa.entries import describe_bits
 
 PACKAGES = ("tpa-train", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy")
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
@@ -186,9 +187,9 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     """Returns the Markdown table of layers; neighbours that are alike share a row."""
     rows: list[list[str]] = []
     groups: list[list[Mapping[str, Any]]] = []
-    keys = ("kind", "form_k", "rank_k", "form_v", "rank_v", "bits", "bytes_per_token")
+    keys = ("kind", "form_k", "rank_k", "form_v", "rank_v", "bits", "bits_k", "bits_v", "bytes_per_token")
     for row in layers:
-        if groups and all(groups[-1][-1][key] == row[key] for key in keys):
+        if groups and all(groups[-1][-1].get(key) == row.get(key) for key in keys):
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -197,8 +198,9 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
         span = f"{first['index']}" if len(group) == 1 else f"{first['index']}–{last['index']}"
         rows.append(
             [
-                span, first["kind"], f"{first['form_k']} {first['rank_k']}", f"{first['form_v']} {first['rank_v']}",
-                str(first["bits"]), f"{first['bytes_per_token']:,}",
+                span, first["kind"], *(f"{first[f'form_{k}']} {first[f'rank_{k}']}" for k in "kv"),
+                " / ".join(dict.fromkeys(describe_bits(first.get(f"bits_{k}", first["bits"])) for k in "kv")),
+                f"{first['bytes_per_token']:,}",
             ]
         )  # fmt: skip
     return table(["layer", "kind", "K: form, rank", "V: form, rank", "bits", "bytes a token"], rows)

@@ -295,22 +295,30 @@ class CalibrationModule(L.LightningModule):
         self._context = max(self._context, ids.shape[1])
 
     def on_validation_end(self) -> None:
-        total = torch.tensor(float(self._tokens), dtype=torch.float64, device=self.device)
         reduce = self.trainer.strategy.reduce
         if self.trainer.world_size > 1:
-            total = reduce(total, reduce_op="sum")
+            total = torch.tensor(float(self._tokens), dtype=torch.float64, device=self.device)
+            self._tokens = int(reduce(total, reduce_op="sum").item())
             for moments in self._moments.values():
                 for name, tensor in moments.sums().items():
                     setattr(moments, name, reduce(tensor, reduce_op="sum"))
                 for name in moments.tensors().keys() - moments.sums().keys():  # the first process's sample serves all
                     setattr(moments, name, self.trainer.strategy.broadcast(getattr(moments, name)))
+        self.result = self.collected()
+
+    def collected(self) -> Calibration:
+        """Returns what this process has gathered, on the CPU.
+
+        Raises:
+            UserError: the moments are not finite.
+        """
         for index, moments in self._moments.items():
             if not all(bool(torch.isfinite(t).all()) for t in moments.tensors().values()):
                 raise UserError(f"calibration of layer {index} gave non-finite moments; the model's weights overflow.")
         cpu = {
             i: LayerMoments(**{n: t.cpu() for n, t in m.tensors().items()}) for i, m in self._moments.items()
         }
-        self.result = Calibration(cpu, int(total.item()), self._context)
+        return Calibration(cpu, self._tokens, self._context)
 
 
 @dataclass

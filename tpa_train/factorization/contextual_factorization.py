@@ -299,6 +299,12 @@ def _init_contextual_factorization(
     return {prefix + name: t.contiguous() for name, t in factors.items()}
 
 
+def paying_rank(config: Gemma3Config) -> int:
+    """Returns the largest R whose cache is smaller than the original's, R(G + d) < G·d; 1 where none is (G = 1)."""
+    groups, width = config.num_kv_heads, config.head_dim
+    return max(1, -(-groups * width // (groups + width)) - 1)
+
+
 def _through_output(attention: Attention, values: Tensor) -> Tensor:
     """Returns what constant values [G, d] add to the layer's output, [D]: attention weights sum to one."""
     return torch.einsum("ghod,gd->o", output_heads(attention), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,9 +60,7 @@ class Bases:
 
     def head_moments(self, attention: Attention, layer: int, kind: str) -> HeadMoments:
         """Returns the moments of all heads' keys or values together."""
-        calibration = self.calibrated("a form that heads share")
-        moments = calibration.layers[layer]
-        return key_moments(moments, calibration.tokens) if kind == "k" else value_moments(attention, moments)
+        return head_moments(attention, self.calibrated("a form that heads share"), layer, kind)
 
     def contextual(self, attention: Attention, layer: int, kind: str, form: str, rank: int) -> dict[str, Tensor]:
         """Returns the factors of a contextual form; the fit is done once."""
@@ -84,6 +83,32 @@ class Bases:
         if self.calibration is None:
             raise UserError(f"{what} is solved from calibrated moments; calibrate the model first.")
         return self.calibration
+
+
+def head_moments(attention: Attention, calibration: Calibration, layer: int, kind: str) -> HeadMoments:
+    """Returns the calibrated moments of all heads' keys ("k") or values ("v") of a layer together.
+
+    Raises:
+        UserError: the layer was not calibrated.
+    """
+    if layer not in calibration.layers:
+        raise UserError(f"layer {layer} is to be converted, but calibration covers {sorted(calibration.layers)} only.")
+    moments = calibration.layers[layer]
+    return key_moments(moments, calibration.tokens) if kind == "k" else value_moments(attention, moments)
+
+
+def tucker_moments(attention: Attention, calibration: Calibration, layer: int) -> TuckerMoments:
+    """Returns what a Tucker form of a calibrated layer is solved from; raises as ``head_moments``."""
+    keys, values = (head_moments(attention, calibration, layer, kind) for kind in "kv")
+    return TuckerMoments(keys, values, InputMoments.of_sample(ActivationSample.of(calibration.layers[layer]).x))
+
+
+def contextual_moments(
+    model: Gemma3ForCausalLM, calibration: Calibration, layers: Iterable[int]
+) -> tuple[dict[int, dict[str, HeadMoments]], dict[int, ActivationSample]]:
+    """Returns what contextual keys and values are solved from, and fitted on, by layer; raises as ``head_moments``."""
+    moments = {i: {k: head_moments(model.layers[i].self_attn, calibration, i, k) for k in "kv"} for i in layers}
+    return moments, {i: ActivationSample.of(calibration.layers[i]) for i in moments}
 
 
 def layer_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
@@ -113,12 +138,7 @@ def _attention_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec:
 def tucker_factors(model: Gemma3ForCausalLM, bases: Bases, layer: int, spec: LayerSpec) -> dict[str, Tensor]:
     """Returns the Tucker factors of one layer by their names in the attention, solved from calibrated moments."""
     attention = model.layers[layer].self_attn
-    calibration = bases.calibrated("a Tucker form")
-    sample = ActivationSample.of(calibration.layers[layer])
-    moments = TuckerMoments(
-        bases.head_moments(attention, layer, "k"), bases.head_moments(attention, layer, "v"),
-        InputMoments.of_sample(sample.x),
-    )  # fmt: skip
+    moments = tucker_moments(attention, bases.calibrated("a Tucker form"), layer)
     factors, _ = _factorize_and_set_weights(model, layer, spec, moments=moments)
     return {name.removeprefix(f"layers.{layer}.self_attn."): tensor for name, tensor in factors.items()}
 

@@ -19,7 +19,7 @@ mode, X the hidden mode or whatever stands for it. Everything in float64 on the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from tpa_train.errors import UserError
 from tpa_train.factorization.latent import symmetric_power
 from tpa_train.factorization.stacked import HeadMoments
 from tpa_train.factorization.tucker_ranks import adaptive_rank_selection as adaptive_rank_selection
+from tpa_train.factorization.tucker_ranks import rank_for_error
 from tpa_train.factorization.tucker_solver import (
     Part,
     leading_vectors,
@@ -46,6 +47,8 @@ from tpa_train.tpa.entries import Bits
 from tpa_train.tpa.forms.tucker import check_tucker, features_of, rank_of, tucker_kinds
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
+
+MULTIPLE = 8  # of ranks that are chosen here: kernels want aligned rows
 
 
 @dataclass
@@ -382,6 +385,28 @@ def tucker_spec(
     return spec
 
 
+def _spec_for_error(
+    attention: Attention, spec: LayerSpec, moments: TuckerMoments | None, max_error: float
+) -> LayerSpec:
+    """Returns ``spec`` with the smallest ranks r₂ of one layer whose truncation alone stays within ``max_error``.
+
+    Chosen by the spectrum of the feature mode in the average metric of the heads and kinds that share a U_feat.
+    """
+    if isinstance(attention, FactorizedAttention):
+        return spec  # refused by what factorizes it
+    width = attention.config.head_dim
+    parts = _build_parts(attention_weights(attention, tucker_kinds(spec)), spec, moments or TuckerMoments(), 0)
+    ranks = {}
+    for name in {part.features for part in parts}:
+        users = [part for part in parts if part.features == name]
+        root = symmetric_power(sum(part.scale * part.head_metric() for part in users), 0.5)
+        gram = sum(part.scale * torch.einsum("ndx,nex->de", part.tensor, part.tensor) for part in users)
+        energies = torch.linalg.eigvalsh(root @ gram @ root).flip(0).clamp_min(0)
+        rank = min(width, -(-rank_for_error(energies, max_error) // MULTIPLE) * MULTIPLE)
+        ranks |= {f"rank_{part.kind}": rank for part in users if part.kind != "o" or spec.form_v == "dense"}
+    return replace(spec, **ranks)
+
+
 def _factors_across_layers(model: Gemma3ForCausalLM, layers: list[int], spec: LayerSpec) -> dict[str, Tensor]:
     """Returns U_hidden and U_feat for all ``layers`` together: leading vectors of their modes (HOSVD), plain metric.
 
@@ -400,8 +425,9 @@ def _factors_across_layers(model: Gemma3ForCausalLM, layers: list[int], spec: La
 
 def factorize_all_layers_with_shared_factors(
     model: Gemma3ForCausalLM,
-    rank: int | dict[str, int],
+    rank: int | dict[str, int] | None = None,
     *,
+    max_error: float = 0.01,
     hidden: int = 0,
     heads: int = 0,
     layers: list[int] | None = None,
@@ -415,28 +441,37 @@ def factorize_all_layers_with_shared_factors(
 
     Args:
         model: the dense model; it is not changed.
-        rank, hidden, heads, kinds, shared_features, bits: as of ``tucker_spec``.
+        rank, hidden, heads, kinds, shared_features, bits: as of ``tucker_spec``. Without a rank every layer has its
+            own: the smallest multiples of 8 that lose at most ``max_error``.
+        max_error: ‖W − Ŵ‖ / ‖W‖ that truncating the feature mode may cost, in the metric of the moments. It is the
+            average metric of what shares a U_feat: a bound where they have one metric, else a guide.
         layers: which layers; all if left out.
         share_across_layers: one U_hidden and U_feat for all these layers. Every layer still stores its own copy, and
             is counted with it; ``LayerReport.shareable_parameters`` says how much of it is the same in all layers.
         moments: of the calibration, by layer; without, the error is that of the weights.
 
     Raises:
-        UserError: a layer that the model does not have, or as ``tucker_spec``.
+        UserError: a layer that the model does not have, an error out of range, or as ``tucker_spec``.
     """
-    config = model.config
+    if rank is None and not 0 <= max_error < 1:
+        raise UserError(f"max_error={max_error} must be at least 0 and below 1.")
+    config, moments = model.config, moments or {}
     layers = list(range(config.num_layers)) if layers is None else sorted(set(layers))
     outside = [layer for layer in layers if not 0 <= layer < config.num_layers]
     if outside or not layers:
         raise UserError(f"layers={layers} must name some of the model's layers, 0 to {config.num_layers - 1}.")
+    ranks = config.head_dim if rank is None else rank
     spec = tucker_spec(
-        config, rank, hidden=hidden, heads=heads, kinds=kinds, shared_features=shared_features, bits=bits
+        config, ranks, hidden=hidden, heads=heads, kinds=kinds, shared_features=shared_features, bits=bits
     )
+    if rank is None and share_across_layers:
+        raise UserError("share_across_layers is one U_feat for all layers: give a rank.")
     fixed = _factors_across_layers(model, layers, spec) if share_across_layers else None
     specs, factors, reports = dense_specs(config), {}, []
     for layer in layers:
-        specs[layer] = spec
-        found, report = _factorize_and_set_weights(model, layer, spec, (moments or {}).get(layer), fixed)
+        attention = model.layers[layer].self_attn
+        specs[layer] = spec if rank is not None else _spec_for_error(attention, spec, moments.get(layer), max_error)
+        found, report = _factorize_and_set_weights(model, layer, specs[layer], moments.get(layer), fixed)
         factors |= found
         reports.append(report)
     return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors), reports

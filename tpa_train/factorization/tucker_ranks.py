@@ -18,6 +18,17 @@ def tucker_parameters(shape: tuple[int, ...], ranks: tuple[int, ...]) -> int:
     return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True) if rank < size)
 
 
+def rank_for_error(energies: Tensor, max_error: float) -> int:
+    """Returns how many of a mode's directions must stay: √(energy of the others / all energy) ≤ ``max_error``.
+
+    Args:
+        energies: of the directions [n], largest first.
+        max_error: relative.
+    """
+    tail = energies.flip(0).cumsum(0).flip(0) / energies.sum()  # energy lost by keeping the directions before
+    return max(1, int((tail > max(max_error, SMALLEST_ERROR) ** 2).sum()))
+
+
 def adaptive_rank_selection(tensor: Tensor, max_error: float, max_compression: float = math.inf) -> tuple[int, ...]:
     """Returns the smallest ranks, one a mode, whose Tucker decomposition stays within ``max_error``.
 
@@ -73,10 +84,7 @@ def adaptive_rank_selection(tensor: Tensor, max_error: float, max_compression: f
         return math.prod(shape) / tucker_parameters(shape, tuple(ranks))
 
     # No mode alone may lose more than the bound, so these are the least ranks that could do.
-    ranks = []
-    for energies in spectra:
-        tail = energies.flip(0).cumsum(0).flip(0) / total  # energy lost by keeping the directions before
-        ranks.append(max(1, int((tail > bound**2).sum())))
+    ranks = [rank_for_error(energies, bound) for energies in spectra]
     while sliced_error(ranks) > bound:
         ranks = raised(ranks)
     lowered = True
