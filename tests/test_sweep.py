@@ -21,7 +21,7 @@ from tpa_train.runs import RunFolder
 from tpa_train.sweep import plan, split_values
 from tpa_train.tpa.spec import LayerSpec
 
-TWO, THREE = "budget.cache_ratio=2", "budget.cache_ratio=3"
+TWO, FIVE = "budget.cache_ratio=2", "budget.cache_ratio=5"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -37,7 +37,7 @@ def fake_peers(session, budgets):
     """Two dense caches in fewer bits, one of them as a model; and a note of what was asked for."""
     from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
-    assert [(b.cache_ratio, b.context, b.bits) for b in budgets] == [(2.0, 512, (8,)), (3.0, 512, (8,))]
+    assert [(b.cache_ratio, b.context, b.bits) for b in budgets] == [(2.0, 512, (8,)), (5.0, 512, (8,))]
     yield "int8", "dense int8", dense_at(session.config, 8)
     four = Gemma3ForMultimodalLMwithTPA.from_dense(session.teacher, dense_at(session.config, 4), {})
     yield "int4", "dense int4", four
@@ -63,7 +63,7 @@ def swept(options, tmp_path_factory):
         original = pipeline.load_pretrained
         patch.setattr(pipeline, "load_pretrained", lambda *a, **k: loads.append(a) or original(*a, **k))
         patch.setattr(sweep, "frontier_peers", fake_peers)
-        assert main([*options, "budget.cache_ratio=2,3", f"run_dir={folder}"]) == 0
+        assert main([*options, "budget.cache_ratio=2,5", f"run_dir={folder}"]) == 0
     return SimpleNamespace(folder=folder, loads=loads)
 
 
@@ -129,12 +129,12 @@ def test_lists_that_are_refused(given_options, message):
 def test_every_job_is_an_ordinary_run(swept, finished):
     """To the byte, although the second one got its teacher from the first."""
     assert len(swept.loads) == 1, "the teacher is read once"
-    assert {p.name for p in swept.folder.iterdir() if p.is_dir()} - {"logs"} == {TWO, THREE}
-    for job in (TWO, THREE):
+    assert {p.name for p in swept.folder.iterdir() if p.is_dir()} - {"logs"} == {TWO, FIVE}
+    for job in (TWO, FIVE):
         assert {"report.md", "report.json", "run.yaml", "export/model.safetensors"} <= files(swept.folder / job)
-    assert weights(swept.folder / THREE) == weights(finished) != weights(swept.folder / TWO)
-    command = json.loads((swept.folder / THREE / "report.json").read_text())["command"]
-    assert command.startswith("python scripts/train.py recipe=distill") and command.endswith(str(swept.folder / THREE))
+    assert weights(swept.folder / FIVE) == weights(finished) != weights(swept.folder / TWO)
+    command = json.loads((swept.folder / FIVE / "report.json").read_text())["command"]
+    assert command.startswith("python scripts/train.py recipe=distill") and command.endswith(str(swept.folder / FIVE))
 
 
 def test_the_frontier_is_what_was_measured(swept):
@@ -143,7 +143,7 @@ def test_the_frontier_is_what_was_measured(swept):
     assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
     assert {(row["name"], row["mix"], row["stage"]) for row in rows} == {
         (TWO, "ours, one-shot", "factorized"), (TWO, "ours, recovered", "distilled"),
-        (THREE, "ours, one-shot", "factorized"), (THREE, "ours, recovered", "distilled"),
+        (FIVE, "ours, one-shot", "factorized"), (FIVE, "ours, recovered", "distilled"),
         ("int8", "dense int8", "factorized"), ("int4", "dense int4", "factorized"),
     }  # fmt: skip
     for row in rows:
@@ -184,7 +184,7 @@ def test_resuming_a_finished_sweep_repeats_nothing(swept, options, monkeypatch, 
     monkeypatch.setattr(sweep, "frontier_peers", never)
     (swept.folder / "frontier.md").unlink()
     assert resume(swept.folder) == 0
-    assert resume(swept.folder, *options[1:], "budget.cache_ratio=2,3") == 0, "options may be repeated"
+    assert resume(swept.folder, *options[1:], "budget.cache_ratio=2,5") == 0, "options may be repeated"
     assert capsys.readouterr().out.count("is finished") == 4
     assert {p: p.read_bytes() for p in swept.folder.rglob("*") if p.is_file() and p.parent != swept.folder} == before
     assert (swept.folder / "frontier.md").read_text() == table
@@ -197,19 +197,19 @@ def test_a_stopped_sweep_goes_on(swept, options, tmp_path, monkeypatch, capsys):
         original = launch.Run.execute
 
         def execute(run):  # the signal comes in the second job
-            if run.settings.budget.cache_ratio == 3:
+            if run.settings.budget.cache_ratio == 5:
                 send_signal_at(patch, "distilled", 4)
             return original(run)
 
         patch.setattr(launch.Run, "execute", execute)
-        assert main([*options, "budget.cache_ratio=2,3", f"run_dir={folder}"]) == 128 + signal.SIGTERM
+        assert main([*options, "budget.cache_ratio=2,5", f"run_dir={folder}"]) == 128 + signal.SIGTERM
     said = capsys.readouterr().out
     assert f"go on with: python scripts/train.py --multirun 'run_dir={folder}' resume=true" in said
-    assert (folder / TWO / "report.json").exists() and not (folder / THREE / "report.json").exists()
+    assert (folder / TWO / "report.json").exists() and not (folder / FIVE / "report.json").exists()
     first = {p: p.stat().st_mtime_ns for p in (folder / TWO).rglob("*")}
     assert resume(folder) == 0
     assert {p: p.stat().st_mtime_ns for p in (folder / TWO).rglob("*")} == first
-    assert weights(folder / THREE) == weights(swept.folder / THREE)
+    assert weights(folder / FIVE) == weights(swept.folder / FIVE)
     ours = [row for row in frontier(swept.folder)["rows"] if row["mix"].startswith("ours")]
     assert frontier(folder)["rows"] == ours, "without peers, which nobody asked for"
 
@@ -275,7 +275,7 @@ def test_jobs_that_were_not_measured_alike(tiny, options, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "more,message",
     [
-        (["budget.cache_ration=2,3"], "unknown option 'budget.cache_ration'; did you mean 'budget.cache_ratio'?"),
+        (["budget.cache_ration=2,5"], "unknown option 'budget.cache_ration'; did you mean 'budget.cache_ratio'?"),
         (["budget.cache_ratio=2,three"], "budget.cache_ratio: "),
         (["budget=ratio2,ratio33"], "budget=ratio33 is unknown; did you mean"),
         (["budget.cache_ratio=2,500"], "budget.cache_ratio=500: budget.cache_ratio=500 cannot be met"),
@@ -297,22 +297,22 @@ def test_refused_before_anything_runs(more, message, tiny, options, tmp_path, mo
 def test_a_job_that_fails_is_named(options, tmp_path, monkeypatch):
     original = launch.factorize_model
 
-    def factorize(session):
-        if session.settings.budget.cache_ratio == 3:
+    def factorize(session, *arguments):
+        if session.settings.budget.cache_ratio == 5:
             raise UserError("this text is too short.")
-        return original(session)
+        return original(session, *arguments)
 
     monkeypatch.setattr(launch, "factorize_model", factorize)
     own = without(options, "recipe=")
-    with pytest.raises(UserError, match=r"^budget.cache_ratio=3: this text is too short\.$"):
-        main([*own, "recipe=factorize", "budget.cache_ratio=2,3", f"run_dir={tmp_path / 'sweep'}"])
+    with pytest.raises(UserError, match=r"^budget.cache_ratio=5: this text is too short\.$"):
+        main([*own, "recipe=factorize", "budget.cache_ratio=2,5", f"run_dir={tmp_path / 'sweep'}"])
     assert (tmp_path / "sweep" / TWO / "report.json").exists()
 
 
 def test_folders_of_another_kind(swept, options, finished, tmp_path):
     with pytest.raises(UserError, match="already exists and is not empty; add resume=true to go on with it, or"):
-        main([*options, "budget.cache_ratio=2,3", f"run_dir={swept.folder}"])
-    with pytest.raises(UserError, match="contradicts the interrupted sweep, where it is budget.cache_ratio=2,3"):
+        main([*options, "budget.cache_ratio=2,5", f"run_dir={swept.folder}"])
+    with pytest.raises(UserError, match="contradicts the interrupted sweep, where it is budget.cache_ratio=2,5"):
         resume(swept.folder, "budget.cache_ratio=2,4")
     with pytest.raises(UserError, match="seed=3 contradicts the interrupted sweep, where it is not given"):
         resume(swept.folder, "seed=3")
@@ -332,7 +332,7 @@ def test_folders_of_another_kind(swept, options, finished, tmp_path):
         resume(damaged)
 
 
-@pytest.mark.parametrize("option", ["budget.cache_ratio=2,3", "recipe=distill,factorize", "evaluation.copy=[20],[40]"])
+@pytest.mark.parametrize("option", ["budget.cache_ratio=2,5", "recipe=distill,factorize", "evaluation.copy=[20],[40]"])
 def test_several_values_without_multirun(option, tiny, tmp_path):
     with pytest.raises(UserError) as raised:
         main([*tiny.options, f"run_dir={tmp_path / 'run'}", option])
@@ -343,7 +343,7 @@ def test_several_values_without_multirun(option, tiny, tmp_path):
 def test_the_default_folder(tiny, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep.Sweep, "execute", lambda self: RunFolder(self.folder).start(self._settings[0], ""))
-    assert main([*options, "budget.cache_ratio=2,3"]) == 0
+    assert main([*options, "budget.cache_ratio=2,5"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("model-distill-sweep-")
 

@@ -206,6 +206,14 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     return table(["layer", "kind", "K: form, rank", "V: form, rank", "bits", "bytes a token"], rows)
 
 
+def _making(stages: Sequence[StageResult]) -> str:
+    """Returns how the weights came about: a model that was only factorized must not claim more."""
+    if not stages:
+        return "made from the original"
+    trained = {"layerwise", "distilled"} & {stage.name for stage in stages}
+    return "factorized and distilled from the original" if trained else "factorized from the original, not retrained"
+
+
 def what_was_lost(stages: Sequence[StageResult]) -> list[str]:
     """Returns plain sentences on the last stage against the teacher, every figure from the measurements."""
     last = stages[-1]
@@ -280,7 +288,7 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         "\n".join(front),
         f"# {report.model}, Tensor Product Attention form",
         f"Gemma 3 whose KV cache takes {_bytes(cache.tpa_bytes)} at {cache.context:,} tokens instead of "
-        f"{_bytes(cache.dense_bytes)} ({cache.ratio:.2f}× smaller), distilled from the original.",
+        f"{_bytes(cache.dense_bytes)} ({cache.ratio:.2f}× smaller), {_making(report.stages)}.",
         "## Terms",
         f"The weights are a derivative of Gemma: their use and distribution are subject to the Gemma Terms of Use at "
         f"{GEMMA_TERMS}. Gemma is provided under and subject to those terms.",

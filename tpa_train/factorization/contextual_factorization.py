@@ -29,7 +29,7 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA,
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 SWEEPS = 100  # of the alternation
-IMPROVEMENT = 1e-9  # relative; the alternation stops below it
+IMPROVEMENT = 1e-6  # relative; the alternation stops below it
 METRIC_FLOOR = 1e-11  # of the metric's norm; a direction that never mattered must still have a length
 SOLVER_STEPS = 20  # of conjugate gradients a sweep; one suffices where the metric is separable
 ORACLE_SWEEPS = 5

@@ -12,6 +12,7 @@ and P solves a linear system that the generalised eigenvectors of the two moment
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,10 +50,22 @@ class JointProblem:
         """Traces of the two moments; divided by them, they weigh the same."""
         return tuple(float(s.diagonal().sum().clamp_min(1e-300)) for s in (self.second_k, self.second_v))
 
-    @property
+    @cached_property
     def mean_second(self) -> Tensor:
         """Sum of the two moments [n, n], each divided by its trace."""
         return self.second_k / self.scales[0] + self.second_v / self.scales[1]
+
+    @cached_property
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """T [n, m] in which both moments are diagonal and their mean is the identity; the values' share [m].
+
+        Directions that no token showed are left out: D < n ties keys to values.
+        """
+        values, vectors = torch.linalg.eigh(self.mean_second)
+        seen = values > values.max() * SEEN
+        whiten = vectors[:, seen] / values[seen].sqrt()
+        share, turn = torch.linalg.eigh(whiten.mT @ self.second_v @ whiten / self.scales[1])
+        return whiten @ turn, share.clamp(0.0, 1.0)
 
     def error(self, project: Tensor, keys: Tensor, values: Tensor) -> tuple[float, float]:
         """Returns the errors of keys and of values, unweighted by λ, for P [r, n], U_k and U_v [n/2, r]."""
@@ -91,7 +104,7 @@ class JointBasis:
         """Returns the objective's error at ``rank``."""
         return float(self.energies[rank:].sum())
 
-    def at(self, rank: int, sweeps: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    def at(self, rank: int, sweeps: int = 2) -> tuple[Tensor, Tensor, Tensor]:
         """Returns P [r, n], U_k and U_v [n/2, r] at ``rank``, improved in turns; never worse than the nested one."""
         problem, balance = self.problem, self.balance
         project = self.project[:rank]
@@ -154,19 +167,13 @@ def _readers(problem: JointProblem, project: Tensor) -> tuple[Tensor, Tensor]:
 class _Turns:
     """The step that solves for P: Q_k P S_k + λ Q_v P S_v = U_kᵀ M_K S_k[k] + λ U_vᵀ M_V S_v[v].
 
-    In the whitened range of the mean moment, S_k and S_v (over their traces) add up to the identity, so the
-    eigenvectors of one diagonalise both, and every coordinate has a small system of its own. Directions that no token
-    showed are left out: D < n ties keys to values.
+    In the coordinates where S_k and S_v (over their traces) are diagonal and add up to the identity, every coordinate
+    has a small system of its own.
     """
 
     def __init__(self, problem: JointProblem, balance: float) -> None:
         self.problem, self.balance = problem, balance
-        values, vectors = torch.linalg.eigh(problem.mean_second)
-        seen = values > values.max() * SEEN
-        whiten = vectors[:, seen] / values[seen].sqrt()
-        self.share, turn = torch.linalg.eigh(whiten.mT @ problem.second_v @ whiten / problem.scales[1])
-        self.share = self.share.clamp(0.0, 1.0)
-        self.basis = whiten @ turn  # T with Tᵀ S̄ T = I
+        self.basis, self.share = problem.coordinates
 
     def projection(self, keys: Tensor, values: Tensor) -> Tensor:
         """Returns the best P [r, n] for given U_k and U_v."""

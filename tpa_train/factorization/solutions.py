@@ -54,7 +54,10 @@ class Bases:
         key = ("joint", layer, balance)
         if key not in self._solved:
             calibration = self.calibrated("joint")
-            problem = JointProblem.of(attention, calibration.layers[layer], calibration.tokens)
+            problem = self._solved.get(("problem", layer))
+            if problem is None:
+                problem = JointProblem.of(attention, calibration.layers[layer], calibration.tokens)
+                self._solved["problem", layer] = problem
             self._solved[key] = JointBasis.solve(problem, attention.config.num_kv_heads, balance)
         return self._solved[key]
 
