@@ -51,7 +51,8 @@ def specs_of(config: Gemma3Config, forms: dict[int, tuple], bits: int = 16) -> l
 def factors_for(model: Gemma3ForCausalLM, specs: list[LayerSpec], seed: int = 1) -> dict[str, Tensor]:
     """Factors in a random, badly scaled basis with random centers: exact where the rank is head_dim, else truncated.
 
-    Written from DESIGN §3 alone: K = U A x, V = U A x, U_v folded into W_O, the center given back by the bias.
+    Written from DESIGN §3 alone: K = U A x, V = U A x, U_v folded into W_O, the center given back by the bias. A joint
+    latent is exact where its rank is 2·G·d.
     """
     config = model.config
     g, d, h = config.num_kv_heads, config.head_dim, config.num_heads
@@ -64,6 +65,16 @@ def factors_for(model: Gemma3ForCausalLM, specs: list[LayerSpec], seed: int = 1)
 
     for index, spec in enumerate(specs):
         attention, prefix = model.layers[index].self_attn, f"layers.{index}.self_attn."
+        if spec.form_k == "joint":
+            n, rank = 2 * g * d, spec.rank_k
+            turn, scale = torch.linalg.qr(randn(n, n)).Q, 1.0 + randn(n).abs()
+            weight = torch.cat((attention.k_proj.weight, attention.v_proj.weight)).detach().double()
+            center, (up_k, up_v) = 0.3 * randn(rank), (turn * scale)[:, :rank].unflatten(0, (2, g, d))
+            out = attention.o_proj.weight.detach().double().unflatten(1, (g, h // g, d))
+            factors[prefix + "keys.down.weight"] = ((turn / scale).mT @ weight)[:rank]
+            factors[prefix + "keys.up"], factors[prefix + "values.up"] = up_k, up_v
+            factors[prefix + "keys.center"] = center
+            factors[prefix + "values.bias"] = torch.einsum("oghd,gdr,r->o", out, up_v, center)
         if spec.form_k == "latent":
             basis = torch.linalg.qr(randn(g, d, d)).Q * (1.0 + randn(g, 1, d).abs())
             weight = attention.k_proj.weight.detach().double().unflatten(0, (g, d))

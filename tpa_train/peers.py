@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tpa_train.factorization.allocation import Budget, layers_to_convert, uniform_specs
+from tpa_train.errors import UserError
+from tpa_train.factorization.allocation import Budget, layers_to_convert, uniform_specs, validate_budget
 from tpa_train.factorization.sensitivity import output_kl
 from tpa_train.factorization.solutions import build_student
 from tpa_train.gemma3.config import Gemma3Config
@@ -24,7 +25,7 @@ def frontier_peers(session: Session, budgets: list[Budget]) -> Iterator[Peer]:
 
     Dense caches at 8, 4 and 3 bits (global layers only, and all layers). For each budget and width (16, 8, 4 bits),
     latents of one rank for K and V in every layer ("uniform": the better of global layers only and all), and latents
-    whose ranks are allocated at that width ("ranks"; at 16 bits, rank alone).
+    whose ranks are allocated at that width ("ranks"; at 16 bits, rank alone), where that can meet the budget.
 
     Args:
         session: of the sweep's jobs; its calibration is reused.
@@ -42,8 +43,19 @@ def frontier_peers(session: Session, budgets: list[Budget]) -> Iterator[Peer]:
                 student = build_student(session.teacher, measured.bases, specs)
                 yield f"uniform {name} {ratio}", f"uniform ranks, {name}", student
             single = replace(budget, bits=(bits,), forms=("latent",))
+            if not can_be_met(config, single):
+                continue
             specs, _ = choose_specs(session, measure(session, {}, {}, single), single)
             yield f"ranks {name} {ratio}", f"ranks, {name}", build_student(session.teacher, measured.bases, specs)
+
+
+def can_be_met(config: Gemma3Config, budget: Budget) -> bool:
+    """Returns whether ``budget`` can be met; one that several widths share need not be at one of them."""
+    try:
+        validate_budget(config, budget)
+    except UserError:
+        return False
+    return True
 
 
 def dense_peers(config: Gemma3Config) -> Iterator[Peer]:

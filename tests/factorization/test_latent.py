@@ -6,7 +6,7 @@ from random_models import random_model, small_config, specs_of, tokens
 
 from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.factorization.latent import Basis, key_basis, latent_key_factors, latent_value_factors, value_basis
-from tpa_train.factorization.sensitivity import Bases, build_student
+from tpa_train.factorization.solutions import Bases, build_student
 
 
 def _positive(groups, d, seed, decay=0.6):

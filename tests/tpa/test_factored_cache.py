@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_models import random_model, small_config, specs_of, student_of, tokens
+from random_models import factors_for, random_model, small_config, specs_of, student_of, tokens
 
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
@@ -18,6 +18,25 @@ def _mixed(groups, bits, dtype=torch.float32):
     model = random_model(config, seed=groups, dtype=dtype)
     forms = dict(MIX) if bits == 16 else MIX | {3: (0, 0), 7: (0, 0)}
     return student_of(model, forms, bits)
+
+
+def _with_joint(groups, rounded, dtype=torch.float64):
+    """Joint latents beside dense and latent layers, each in a local and in a global layer; 40 numbers a head."""
+    config = small_config(
+        num_layers=8, layer_kinds=KINDS, num_kv_heads=groups, sliding_window=WINDOW, head_dim=40, hidden_size=48
+    )
+    joint, bits_j, bits_k, bits_v, bits_d = 70, 16, 16, 16, 16
+    if rounded == "8":
+        bits_j = bits_k = bits_v = bits_d = 8
+    if rounded == "mixed":
+        bits_j, bits_k, bits_v, bits_d = (8, 4, 3), (8, 3), (16, 4), (6, 16)
+    pair = [
+        LayerSpec("joint", joint, "joint", joint, bits_j), LayerSpec("latent", 35, "dense", 40, bits_k, bits_d),
+        LayerSpec("dense", 40, "latent", 33, bits_d, bits_v), LayerSpec("joint", 9, "joint", 9, 8 if rounded else 16),
+    ]  # fmt: skip
+    specs = [*pair, *pair]
+    model = random_model(config, seed=groups, dtype=dtype)
+    return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors_for(model, specs))
 
 
 def _decode(student, ids):
@@ -53,6 +72,37 @@ def test_factored_decode_equals_the_full_forward(groups, bits, dtype, tolerance)
     decoded, full = _decode(student, ids), student(ids)
     torch.testing.assert_close(decoded, full, rtol=0, atol=tolerance)
     _same_greedy(decoded, full, 2 * tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    "rounded,dtype,tolerance",
+    [("", torch.float32, 1e-3), ("", torch.float64, 1e-9), ("8", torch.float64, 1e-6), ("mixed", torch.float64, 1e-6)],
+)
+def test_joint_latents_and_mixed_widths_decode_as_the_full_forward(groups, rounded, dtype, tolerance):
+    student = _with_joint(groups, rounded, dtype)
+    assert {s.form_k for s in student.specs} == {"joint", "latent", "dense"}
+    ids = tokens(student.config, 2, 200)
+    cache = student.allocate_cache(2, 200, dtype=dtype)
+    parts = ids.split([50] + [1] * 20 + [100, 7] + [1] * 23, dim=1)
+    decoded = torch.cat([student(part, cache=cache) for part in parts], dim=1)
+    full = student(ids)
+    torch.testing.assert_close(decoded, full, rtol=0, atol=tolerance)
+    _same_greedy(decoded, full, 2 * tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("rounded", ["", "mixed"])
+def test_padded_rows_of_joint_latents_equal_each_alone(groups, rounded):
+    student = _with_joint(groups, rounded)
+    ids, padding = tokens(student.config, 3, 110, seed=5), torch.tensor([0, 10, 80])
+    cache = student.allocate_cache(3, 110, dtype=torch.float64, padding=padding)
+    out = torch.cat([student(part, cache=cache) for part in ids.split([90] + [1] * 20, dim=1)], dim=1)
+    for row, missing in enumerate(padding.tolist()):
+        alone = student(ids[row : row + 1, missing:])[0]
+        torch.testing.assert_close(out[row, missing:], alone, rtol=0, atol=1e-9)
 
 
 @torch.inference_mode()
@@ -126,6 +176,26 @@ def test_bytes_equal_the_formula(groups, bits, context, rank_k, rank_v):
     cache = student.allocate_cache(1, context, dtype=torch.bfloat16, device="cpu")
     assert sum(t.untyped_storage().nbytes() for layer in cache.buffers for t in layer) == expected == cache.nbytes
     assert student.allocate_cache(3, context, device="meta").nbytes == 3 * expected
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("context", [1, 64, 65, 1000])
+@pytest.mark.parametrize("rank,widths", [(9, (8,)), (32, (4,)), (70, (8, 4, 16)), (70, (16, 16, 8)), (80, (4, 4, 4))])
+def test_bytes_of_joint_latents_and_mixed_widths(groups, context, rank, widths):
+    """One row for all heads, counted once; every group of 32 at its own width."""
+    config = small_config(num_kv_heads=groups, head_dim=40, sliding_window=64)
+    specs = dense_specs(config)
+    specs[1] = specs[5] = LayerSpec("joint", rank, "joint", rank, widths)
+    specs[2] = LayerSpec("latent", 40, "latent", 33, (8, 4), (16, 4))
+    with torch.device("meta"):
+        student = Gemma3ForMultimodalLMwithTPA(config, specs)
+    joint = sum(_bytes(min(32, rank - 32 * i), bits) for i, bits in enumerate(widths))
+    latent = groups * (_bytes(32, 8) + _bytes(8, 4) + _bytes(32, 16) + _bytes(1, 4))
+    short = min(context, 64)
+    expected = short * (3 * groups * 2 * 40 * 2 + latent + joint) + context * joint
+    assert student.cache_bytes(context) == cache_bytes(config, specs, context) == expected
+    cache = student.allocate_cache(1, context, dtype=torch.bfloat16, device="cpu")
+    assert sum(t.untyped_storage().nbytes() for layer in cache.buffers for t in layer) == expected == cache.nbytes
 
 
 def test_the_designs_own_numbers():

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from random_models import random_model, small_config, student_of, tokens
+from random_models import factors_for, random_model, small_config, student_of, tokens
 
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import apply_rotary, rotary_table
-from tpa_train.tpa.forms import LatentKeys, LatentValues
-from tpa_train.tpa.spec import LayerSpec
+from tpa_train.tpa.forms.latent import JointKeys, JointValues, LatentKeys, LatentValues
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
+from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 
 def _head_shapes(size):
@@ -19,6 +20,14 @@ def _head_shapes(size):
         num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, query_pre_attn_scalar=c.query_pre_attn_scalar,
         rope_scaling_factor=c.rope_scaling_factor, rope_theta=c.rope_theta, rope_local_theta=c.rope_local_theta,
     )  # fmt: skip
+
+
+def _joint_student(model, ranks, bits=16):
+    """``ranks``: layer -> rank of the joint latent."""
+    specs = dense_specs(model.config)
+    for layer, rank in ranks.items():
+        specs[layer] = LayerSpec("joint", rank, "joint", rank, bits)
+    return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors_for(model, specs))
 
 
 @torch.no_grad()
@@ -35,11 +44,25 @@ def test_full_rank_equals_the_dense_model(size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("groups", [1, 4])
-def test_full_rank_with_documents_and_cache(groups):
+@pytest.mark.parametrize("size", ["270m", "4b"])
+def test_joint_latents_of_full_rank_equal_the_dense_model(size):
+    """2·G·d numbers: 512 and 2048, one latent for all heads."""
+    config = _head_shapes(size)
+    model, ids = random_model(config), tokens(config, 1, 20)
+    student = _joint_student(model, {1: 2 * config.num_kv_heads * config.head_dim})
+    torch.testing.assert_close(student(ids), model(ids), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["latent", "joint"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_full_rank_with_documents_and_cache(groups, form):
     config = small_config(num_kv_heads=groups)
     model, ids = random_model(config), tokens(config, 2, 40)
-    student = student_of(model, {i: (8, 8) for i in range(6)})
+    if form == "latent":
+        student = student_of(model, {i: (8, 8) for i in range(6)})
+    else:
+        student = _joint_student(model, {i: 16 * groups for i in range(6)})
     documents = (torch.arange(40)[None].expand(2, -1) >= torch.tensor([[7], [30]])).long()
     torch.testing.assert_close(student(ids, documents), model(ids, documents), rtol=0, atol=1e-10)
     cache = student.allocate_cache(2, 40, dtype=torch.float64)
@@ -89,6 +112,62 @@ def test_latent_values_subtract_their_center_and_add_the_bias():
 
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_joint_latents_by_the_definition(groups, kind):
+    """Rank 5: one c = A x; K = U_k c with its exact rms, 1 + w and RoPE; V = U_v c around its mean, then W_O."""
+    config = small_config(num_kv_heads=groups)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = JointKeys(config, 5).double(), JointValues(config, 5).double()
+    for p in (*keys.parameters(), *values.parameters()):
+        p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 9, config.hidden_size, generator=generator, dtype=torch.float64)
+    rotary = rotary_table(config, kind, torch.arange(9)[None])
+    c = x @ keys.down.weight.T
+    k = torch.einsum("blr,gdr->blgd", c, keys.up)
+    rms = (k.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    expected = apply_rotary(k / rms * (1 + keys.norm.weight), rotary)
+    (entry,) = keys.write(x, rotary)
+    torch.testing.assert_close(entry, (c - keys.center)[:, :, None], rtol=0, atol=1e-12)
+    torch.testing.assert_close(keys.read((entry,), rotary), expected, rtol=0, atol=1e-12)
+    assert values.write(x) == () and keys.center.abs().min() > 0
+    v = torch.einsum("blr,gdr->blgd", c - keys.center, values.up)
+    torch.testing.assert_close(values.read((), (entry,)), v, rtol=0, atol=1e-12)
+    heads = torch.randn(2, 9, 4, 8, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        values.output(heads), heads.flatten(-2) @ values.out.weight.T + values.bias, rtol=0, atol=1e-12
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_joint_latent_holds_separate_ones(groups):
+    """The special case: [c_k; c_v] side by side, U_k blind to one half and U_v to the other."""
+    config = small_config(num_kv_heads=groups)
+    model, ids = random_model(config), tokens(config, 1, 30)
+    separate = student_of(model, {5: (3, 4)})
+    prefix, k, v = "layers.5.self_attn.", 3 * groups, 4 * groups
+    ours = {n.removeprefix(prefix): p for n, p in separate.named_parameters() if n.startswith(prefix)}
+    up_k, up_v = torch.zeros(groups, 8, k + v).double(), torch.zeros(groups, 8, k + v).double()
+    out = model.layers[5].self_attn.o_proj.weight.unflatten(1, (4, 8))
+    for head in range(groups):
+        up_k[head, :, 3 * head : 3 * head + 3] = ours["keys.up"][head]
+        # W_O^h U_v is what the separate form holds; W_O has full column rank.
+        folded = ours["values.out.weight"].unflatten(1, (4, 4))[:, head * 4 // groups]
+        up_v[head, :, k + 4 * head : k + 4 * head + 4] = torch.linalg.pinv(out[:, head * 4 // groups]) @ folded
+    factors = {
+        "keys.down.weight": torch.cat((ours["keys.down.weight"], ours["values.down.weight"])), "keys.up": up_k,
+        "keys.center": torch.cat((torch.zeros(k).double(), ours["values.center"].flatten())), "values.up": up_v,
+        "values.bias": ours["values.bias"],
+    }  # fmt: skip
+    specs = dense_specs(config)
+    specs[5] = LayerSpec("joint", k + v, "joint", k + v)
+    joint = Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, {prefix + n: t for n, t in factors.items()})
+    torch.testing.assert_close(joint(ids), separate(ids), rtol=0, atol=1e-10)
+    assert (joint(ids) - model(ids)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 4])
 def test_truncation_changes_the_output_and_only_from_its_layer_on(groups):
     config = small_config(num_kv_heads=groups)
     model, ids = random_model(config), tokens(config, 1, 30)
@@ -108,6 +187,27 @@ def test_gradients_reach_every_factor():
     for name, p in parameters.items():
         # A key's center is subtracted before the cache and added after it: exactly no gradient.
         assert (p.grad.abs().max() > 1e-8) != name.endswith("keys.center"), name
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_reach_every_factor_of_a_joint_latent(groups):
+    config = small_config(num_kv_heads=groups)
+    model, ids = random_model(config), tokens(config, 1, 30)
+    student = _joint_student(model, {0: 6, 5: 9}, bits=8)
+    parameters = {n: p.requires_grad_() for n, p in student.named_parameters() if n in student.factor_names()}
+    assert {n.split("self_attn.")[1] for n in parameters} == {
+        "keys.down.weight", "keys.up", "keys.center", "values.up", "values.bias"
+    }  # fmt: skip
+    student(ids).logsumexp(-1).sum().backward()
+    for name, p in parameters.items():  # the center moves the values: they are read without it
+        assert p.grad.abs().max() > 1e-8, name
+
+
+def test_a_joint_student_shares_what_is_not_a_factor():
+    model = random_model(small_config(num_kv_heads=4))
+    ours, theirs = _joint_student(model, {5: 9}).layers[5].self_attn, model.layers[5].self_attn
+    assert ours.keys.norm.weight is theirs.k_norm.weight and ours.values.out.weight is theirs.o_proj.weight
+    assert ours.q_proj.weight is theirs.q_proj.weight
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
         least = LayerSpec("joint", rank, "joint", rank, bits)
     smallest = cache_bytes(config, [least] * config.num_layers, budget.context)
     if smallest > budget.bytes(config):
-        best = cache_bytes(config, dense_specs(config), budget.context) / smallest
+        best = int(10 * cache_bytes(config, dense_specs(config), budget.context) / smallest) / 10  # can be had itself
         raise UserError(
             f"budget.cache_ratio={budget.cache_ratio:g} cannot be met at budget.context={budget.context}: even rank "
             f"{rank} in every layer reaches only {best:.1f}; ask for less or allow fewer budget.bits."
@@ -164,10 +164,11 @@ def layer_choices(
         if "latent" in budget.forms:
             basis = bases.part(layer, kind)
             found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), size))
-        singly = [p for p in own if p.kind == kind and p.form not in ("latent", "joint")]
+        forms = set(budget.forms) - {"latent", "joint"}
+        singly = [p for p in own if p.kind == kind and p.form in forms and p.bits in budget.bits]
         found += [measured_choice(config, p, own[p]) for p in singly]
-        if found and 16 in budget.bits:
-            found.append(dense_choice(config))
+        if found and 16 in budget.bits:  # first: of two that lose nothing in the same bytes, the original is taken
+            found.insert(0, dense_choice(config))
     choices = combine(parts["k"], parts["v"]) if parts["k"] and parts["v"] else []
     if joint is not None:
         choices += curve("kv", "joint", joint)

@@ -23,6 +23,7 @@ from tpa_train.tpa.entries import Bits
 from tpa_train.tpa.quantization import GROUP, entry_bytes, fake_quantize
 from tpa_train.tpa.spec import LayerSpec
 
+SMALLEST_KL = 1e-9  # nats; a part whose truncation costs nothing measurable still has an order of choices
 SLOPE_RANGE = 20.0  # the first groups' slope, where only rounding is measured, stays within this factor of the next's
 
 
@@ -91,7 +92,7 @@ class Groups:
         for i in range(len(known)):
             energy = self.tail(edges[i]) - self.tail(edges[i + 1])
             between.append(max(kls[i] - kls[i + 1], 0.0) / max(energy, tiny))
-        overall = kls[0] / max(self.tail(known[0]), tiny)
+        overall = max(kls[0], SMALLEST_KL) / max(self.tail(known[0]), tiny)
         # A probe's KL is noisy where little is lost: an interval that seems free takes a share of the average.
         between = [max(s, 0.05 * overall) for s in between]
         slopes, start = [], 0
@@ -184,11 +185,13 @@ def latent_choices(
     found, slopes = [], groups.slopes(ranks, noise)
     for _, kl, bits in groups.path(slopes, widths):
         full, last = sum(groups.counts[: len(bits) - 1]), groups.counts[len(bits) - 1]
-        for used in [*range(multiple, last, multiple), last]:
-            dropped = slice(full + used, full + last)
+        for rank in range(full + 1, full + last + 1):
+            if rank % multiple and rank != len(groups.energies):
+                continue
+            dropped = slice(rank, full + last)
             lost = groups.energies[dropped].sum() - groups.variances[dropped].sum() * rounding_error(bits[-1])
             expected = kl + slopes[len(bits) - 1] * max(float(lost), 0.0)
-            found.append(_latent_choice(config, kind, form, full + used, _simple(bits), expected))
+            found.append(_latent_choice(config, kind, form, rank, _simple(bits), expected))
     return found
 
 
