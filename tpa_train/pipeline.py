@@ -385,9 +385,14 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
         errors = measure_layer_errors(session, student)
         return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
     distill = recipe.distill
+    rows = session.data.heldout_rows(2 * session.data.context)
+    ids = torch.stack([rows[i]["token_ids"] for i in range(len(rows))]).to(session.machine.device)
+    with session.machine.autocast():
+        initial_kl = output_kl(session.teacher, student, ids)
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
+        initial_kl=initial_kl,
     )  # fmt: skip
 
 

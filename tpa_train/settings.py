@@ -60,7 +60,11 @@ class LayerwiseSettings(OptimizerSettings):
 
 @dataclass
 class DistillSettings(OptimizerSettings):
-    """Second recovery stage: the whole model's next-token distribution is matched to the teacher's."""
+    """Second recovery stage: the whole model's next-token distribution is matched to the teacher's.
+
+    Learning rates are for a student that starts 0.3 nats from the teacher; closer ones learn at lower rates, with the
+    root of their KL.
+    """
 
     # tokens to train on; 0 skips the stage
     tokens: int = 16_777_216

@@ -208,3 +208,12 @@ def test_capture_records_inputs_and_outputs_and_leaves_no_hook(teacher):
         raise RuntimeError
     teacher(ids)
     assert records == {}
+
+
+def test_close_students_learn_at_lower_rates(teacher):
+    """A quarter of the KL halves the rates; beyond the full-rate KL nothing grows."""
+    student = student_of(teacher, {i: (4, 3) for i in CONVERTED})
+    rates = {kl: _module("distilled", teacher, student, initial_kl=kl).learning_rates() for kl in (0.3, 0.075, 5.0)}
+    assert rates[0.3] == rates[5.0] and set(rates[0.3].values()) == {3e-3, 1e-4}
+    for name, rate in rates[0.075].items():
+        assert rate == pytest.approx(rates[0.3][name] / 2)
