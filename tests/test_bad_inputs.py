@@ -61,7 +61,7 @@ def refused(tiny, tmp_path):
         ("evaluation.copy=[300]", "evaluation.copy needs 601 tokens"),
         ("budget.cache_ratio=500", "budget.cache_ratio=500 cannot be met"),
         ("budget.cache_ratio=0.5", "would enlarge the cache"),
-        ("budget.bits=5", "16, 8, 4"),
+        ("budget.bits=5", "16, 8, 6, 4, 3, 2, not 5"),
         ("model.path=missing", "there is no checkpoint at missing"),
         ("model.name=gemma3_1b", "no packaged model 'gemma3_1b'"),
         ("data.path=missing.txt", "missing.txt"),

@@ -39,7 +39,7 @@ def rebuilt(run, stage=None):
 def test_report_has_the_documented_schema(report, tiny, finished):
     schema = {"model", "budget", "cache", "stages", "layers", "versions", "command"}
     assert schema <= set(report)
-    assert report["budget"] == {"cache_ratio": 3.0, "context": 512} and report["model"] == str(tiny.model)
+    assert report["budget"] == {"cache_ratio": 5.0, "context": 512} and report["model"] == str(tiny.model)
     assert {"context", "dense_bytes", "tpa_bytes", "ratio"} <= set(report["cache"])
     for stage in report["stages"]:
         assert {"name", "tokens", "seconds", "perplexity", "kl", "top1", "copy_accuracy"} <= set(stage)
@@ -78,7 +78,7 @@ def test_the_run_folder(finished):
 def test_the_export_computes_what_the_student_computes(finished):
     student, stage = rebuilt(finished)
     loaded = Gemma3ForMultimodalLMwithTPA.from_pretrained(finished / "export")
-    assert stage == "distilled" and loaded.converted_layers == [5]
+    assert stage == "distilled" and loaded.converted_layers == student.converted_layers != []
     assert torch.equal(student(IDS), loaded(IDS))
     assert loaded.generate("hello world", max_tokens=5) == student.generate("hello world", max_tokens=5)
 

@@ -105,18 +105,21 @@ def test_the_error_is_that_of_the_factors(constant, ranks, metric):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_eigenvectors_where_one_metric_serves_all_heads(rank):
-    """Constant-A: the tail of the head-mode moment's eigenvalues; constant-B: that of the feature mode's."""
+    """Constant-A: the tail of the head-mode moment's eigenvalues; constant-B: that of the feature mode's.
+
+    Up to where the alternation stops.
+    """
     weight = _weight(4, 8, 40)
     moments = _moments(weight, metric="same")
     shared = moments.metric[0, :, 0]
     heads = torch.linalg.eigvalsh(torch.einsum("de,gdhe->gh", shared, moments.second))
     found = contextual_tensor_decomposition(weight, moments, rank)
-    assert found.error == pytest.approx(float(heads[: 4 - rank].sum() / heads.sum()), rel=1e-8)
+    assert found.error == pytest.approx(float(heads[: 4 - rank].sum() / heads.sum()), rel=2e-6)
     values, vectors = torch.linalg.eigh(shared)
     root = (vectors * values.sqrt()) @ vectors.mT
     features = torch.linalg.eigvalsh(root @ torch.einsum("gdge->de", moments.second) @ root)
     found = contextual_tensor_decomposition(weight, moments, rank, "b")
-    assert found.error == pytest.approx(float(features[: 8 - rank].sum() / features.sum()), rel=1e-8)
+    assert found.error == pytest.approx(float(features[: 8 - rank].sum() / features.sum()), rel=2e-6)
 
 
 @pytest.mark.parametrize("constant,rank", [(None, 2), ("b", 3)])
