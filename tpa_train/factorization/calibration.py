@@ -230,6 +230,16 @@ def add_layer(
     keep_sample(moments, record.input.flatten(0, 1), key_weight, weight)
 
 
+def _sample(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns one index [N] a row of probabilities [N, V], by inverting the cumulative sum.
+
+    Faster than ``torch.multinomial`` by far over 262 144 choices on a CPU, where it took a fifth of the calibration.
+    """
+    total = p.cumsum(-1)
+    u = torch.rand(p.shape[0], 1, generator=generator, dtype=p.dtype, device=p.device) * total[:, -1:]
+    return torch.searchsorted(total, u, right=True).clamp_max(p.shape[-1] - 1).squeeze(-1)
+
+
 @torch.no_grad()
 def sampled_score(hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
     """Returns ∂ log p(y) / ∂h [N, D] for labels y drawn from the model's own p = softmax(h Wᵀ).
@@ -243,7 +253,7 @@ def sampled_score(hidden: Tensor, head: Tensor, generator: torch.Generator) -> T
     scores = []
     for part in hidden.split(step):
         p = head_logits(part, head).softmax(-1)
-        label = torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        label = _sample(p, generator)
         expected = p.to(head.dtype) @ head
         scores.append(head[label].to(p.dtype) - expected.to(p.dtype))
     return torch.cat(scores).to(hidden.dtype)
