@@ -8,6 +8,7 @@ from random_models import tokens
 from tpa_train.errors import UserError
 from tpa_train.factorization.joint import JointBasis, JointProblem, _readers, _Turns
 from tpa_train.factorization.solutions import Bases, build_student
+from tpa_train.factorization.stacked import key_moments, value_moments
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 
@@ -70,6 +71,20 @@ def test_readers_are_least_squares(rank):
         noise = torch.randn(2, 6, rank, generator=torch.Generator().manual_seed(trial)).double() * 10.0 ** -(trial % 4)
         for own, other in zip(problem.error(project, keys + noise[0], values + noise[1]), best, strict=True):
             assert own >= other - 1e-9
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_problems_hold_the_calibrated_moments(groups):
+    model, calibration = calibrated(groups)
+    attention, moments, half = model.layers[5].self_attn, calibration.layers[5], groups * 8
+    problem = JointProblem.of(attention, moments, calibration.tokens)
+    keys, values = key_moments(moments, calibration.tokens), value_moments(attention, moments)
+    for found, expected in (
+        (problem.second_k[:half, :half], keys.second), (problem.metric_k, keys.metric),
+        (problem.second_v[half:, half:], values.second), (problem.metric_v, values.metric),
+        (problem.mean[half:, None], values.mean),
+    ):  # fmt: skip
+        assert torch.equal(found, expected.reshape(found.shape))
 
 
 # --------------------------------------------------------------------------------------------------------- closed form
@@ -177,9 +192,10 @@ def test_separate_latents_are_a_special_case(balance):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("rank", [1, 5, 12])
-def test_latents_have_unit_spread_and_their_rounding_costs_ever_less(groups, rank):
+@pytest.mark.parametrize("rank,balance", [(1, 1.0), (5, 1.0), (5, 1e-3), (12, 50.0)])
+def test_latents_have_unit_spread_and_their_rounding_costs_ever_less(groups, rank, balance):
     model, bases = calibrated_bases(groups)
+    bases.balances[5] = balance
     basis = bases.joint(model.layers[5].self_attn, 5)
     problem = basis.problem
     for project, keys, values in (basis.at(rank), basis.at(rank, sweeps=0)):
