@@ -20,8 +20,8 @@ from tpa_train.runs import RunFolder
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
 OPTIONS = [
-    "recipe=distill", "trainer=cpu", "trainer.context=256", "data.max_tokens=40000", "recipe.calibration.tokens=1024",
-    "recipe.calibration.sensitivity_tokens=256", "recipe.layerwise.tokens=1024", "recipe.distill.tokens=512",
+    "recipe=distill", "trainer=cpu", "trainer.context=256", "data.max_tokens=40000", "recipe.calibration.tokens=512",
+    "recipe.calibration.sensitivity_tokens=64", "recipe.layerwise.tokens=512", "recipe.distill.tokens=256",
     "evaluation.tokens=256", "evaluation.context=256", "evaluation.copy=[]", "evaluation.sample_tokens=0",
 ]  # fmt: skip
 
