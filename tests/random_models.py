@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpa_train.gemma3.config import Gemma3Config
+from tpa_train.gemma3.config import SIZES, Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
@@ -20,6 +20,16 @@ def small_config(**changes) -> Gemma3Config:
         rope_local_theta=100.0, max_context=4096,
     )  # fmt: skip
     return Gemma3Config(**(values | changes))
+
+
+def head_shapes(size):
+    """The size's attention on a narrow model of one local and one global layer, window shorter than the text."""
+    c = SIZES[size]
+    return small_config(
+        num_layers=2, layer_kinds=("local", "global"), hidden_size=32, num_heads=c.num_heads,
+        num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, query_pre_attn_scalar=c.query_pre_attn_scalar,
+        rope_scaling_factor=c.rope_scaling_factor, rope_theta=c.rope_theta, rope_local_theta=c.rope_local_theta,
+    )  # fmt: skip
 
 
 def random_model(config: Gemma3Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Gemma3ForCausalLM:

@@ -314,19 +314,25 @@ def choose_specs(
     mixes = [budget.forms]
     if len(budget.forms) > 1:
         mixes += [(form,) for form in ("latent", "joint") if form in budget.forms]
-    candidates = []
-    for forms in mixes:
-        allowed, choices = replace(budget, forms=forms), {}
-        for layer in layers_to_convert(config, budget):
-            attention = session.teacher.layers[layer].self_attn
-            joint = joint_groups(config, allowed, bases, attention, layer) if "joint" in forms else None
-            choices[layer] = layer_choices(config, allowed, layer, bases, measured.sensitivities, joint)
-        candidates.append(allocate(config, allowed, choices))
+    layers = layers_to_convert(config, budget)
+    candidates = [allocate_forms(session, measured, replace(budget, forms=forms), layers) for forms in mixes]
     text = sensitivity_text(session)
     with session.machine.autocast():
         kls = [output_kl(session.teacher, build_student(session.teacher, bases, c[0]), text) for c in candidates]
     best = min(range(len(kls)), key=kls.__getitem__)
     return candidates[best][0], {"expected": candidates[best][1], "measured": kls[best]}
+
+
+def allocate_forms(
+    session: Session, measured: Measured, budget: Budget, layers: list[int]
+) -> tuple[list[LayerSpec], float]:
+    """Spends ``budget`` on ``layers`` in its forms; returns specifications and expected KL as ``allocate``."""
+    config, bases, choices = session.config, measured.bases, {}
+    for layer in layers:
+        attention = session.teacher.layers[layer].self_attn
+        joint = joint_groups(budget, bases, attention, layer) if "joint" in budget.forms else None
+        choices[layer] = layer_choices(config, budget, layer, bases, measured.sensitivities, joint)
+    return allocate(config, budget, choices)
 
 
 def convert(session: Session, measured: Measured, specs: list[LayerSpec]) -> Gemma3ForMultimodalLMwithTPA:

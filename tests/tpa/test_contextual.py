@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from random_models import factors_for, random_model, small_config, tokens
-from test_forms import _head_shapes
+from random_models import factors_for, head_shapes, random_model, small_config, tokens
 
 from tpa_train.factorization.contextual_factorization import _init_contextual_factorization, _layer_factors
 from tpa_train.gemma3.config import SIZES
@@ -46,7 +45,7 @@ def _full(config, form_k, form_v, queries=True) -> LayerSpec:
 @pytest.mark.parametrize("size", SIZES)
 def test_full_rank_equals_the_dense_model(size):
     """R = G and R_Q = H, before any training, with QK-norm and RoPE."""
-    config = _head_shapes(size)
+    config = head_shapes(size)
     model, ids = random_model(config), tokens(config, 1, 20)
     expected = model(ids)
     for first, second in ((("contextual", "contextual"), ("constant_a", "constant_b")),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_models import factors_for, random_model, small_config, student_of, tokens
+from random_models import factors_for, head_shapes, random_model, small_config, student_of, tokens
 
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
@@ -10,16 +10,6 @@ from tpa_train.gemma3.layers import apply_rotary, rotary_table
 from tpa_train.tpa.forms.latent import JointKeys, JointValues, LatentKeys, LatentValues
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
-
-
-def _head_shapes(size):
-    """The size's attention on a narrow model of one local and one global layer, window shorter than the text."""
-    c = SIZES[size]
-    return small_config(
-        num_layers=2, layer_kinds=("local", "global"), hidden_size=32, num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, query_pre_attn_scalar=c.query_pre_attn_scalar,
-        rope_scaling_factor=c.rope_scaling_factor, rope_theta=c.rope_theta, rope_local_theta=c.rope_local_theta,
-    )  # fmt: skip
 
 
 def _joint_student(model, ranks, bits=16):
@@ -33,7 +23,7 @@ def _joint_student(model, ranks, bits=16):
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 def test_full_rank_equals_the_dense_model(size):
-    config = _head_shapes(size)
+    config = head_shapes(size)
     d = config.head_dim
     model, ids = random_model(config), tokens(config, 1, 20)
     expected = model(ids)
@@ -47,7 +37,7 @@ def test_full_rank_equals_the_dense_model(size):
 @pytest.mark.parametrize("size", ["270m", "4b"])
 def test_joint_latents_of_full_rank_equal_the_dense_model(size):
     """2·G·d numbers: 512 and 2048, one latent for all heads."""
-    config = _head_shapes(size)
+    config = head_shapes(size)
     model, ids = random_model(config), tokens(config, 1, 20)
     student = _joint_student(model, {1: 2 * config.num_kv_heads * config.head_dim})
     torch.testing.assert_close(student(ids), model(ids), rtol=0, atol=1e-10)

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 import torch
-from random_models import random_model, small_config, tokens
-from test_forms import _head_shapes
+from random_models import head_shapes, random_model, small_config, tokens
 from tiny_runs import ROOT, write_model
 
 from tpa_train.checkpoints import find_default
@@ -225,7 +224,7 @@ def test_the_paying_rank_is_the_largest(size):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", SIZES)
 def test_head_shapes_of_every_size(size, form):
-    dense = random_model(_head_shapes(size), dtype=torch.float32)
+    dense = random_model(head_shapes(size), dtype=torch.float32)
     config, ids = dense.config, tokens(dense.config, 1, 20)
     d, g = config.head_dim, config.num_kv_heads
     low = {"rank": d // 2} if form == "tucker" else {"rank_k": max(1, g // 2), "rank_v": paying_rank(config)}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from random_models import random_model, small_config, tokens
+from random_models import head_shapes, random_model, small_config, tokens
 
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
@@ -86,21 +86,11 @@ def student_of(model, specs, extra=None):
     return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors | (extra or {}))
 
 
-def _head_shapes(size):
-    """The size's attention on a narrow model of one local and one global layer, window shorter than the text."""
-    c = SIZES[size]
-    return small_config(
-        num_layers=2, layer_kinds=("local", "global"), hidden_size=32, num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, query_pre_attn_scalar=c.query_pre_attn_scalar,
-        rope_scaling_factor=c.rope_scaling_factor, rope_theta=c.rope_theta, rope_local_theta=c.rope_local_theta,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 def test_full_rank_equals_the_dense_model(size):
     """Every set of kinds; hidden whole or explicit, heads whole or explicit, features shared or not, all met."""
-    config = _head_shapes(size)
+    config = head_shapes(size)
     model, ids = random_model(config), tokens(config, 1, 20)
     expected = model(ids)
     sets = ["k", "v", "kv", "q", "o", "vo", "qo", "kvo", "qkvo", "qk", "qkv", "ko", "qv", "qvo", "qko"]

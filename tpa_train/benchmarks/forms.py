@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tpa_train.checkpoints import load_pretrained
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import Evaluator
-from tpa_train.factorization.allocation import FORMS, Budget, allocate, joint_groups, layer_choices, plan_probes
+from tpa_train.factorization.allocation import FORMS, Budget, plan_probes
 from tpa_train.factorization.contextual_factorization import contextual_error, per_token_error
 from tpa_train.factorization.sensitivity import measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
@@ -32,6 +32,7 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.pipeline import (
     Measured,
     Session,
+    allocate_forms,
     calibrate,
     choose_balance,
     convert,
@@ -296,18 +297,13 @@ def _measure_all(session: Session, measured: Measured, layers: list[int]) -> Non
 
 
 def _mixed(session: Session, measured: Measured, layers: list[int], size: int) -> list[LayerSpec]:
-    config, budget = session.config, _budget(session, layers, size)
+    budget = _budget(session, layers, size)
     text, tried = sensitivity_text(session), []
     mixes = [
         c for n in range(1, len(FORMS) + 1) for c in itertools.combinations(FORMS, n) if {"latent", "joint"} & set(c)
     ]
     for forms in mixes:
-        allowed, choices = replace(budget, forms=forms), {}
-        for layer in layers:
-            attention = session.teacher.layers[layer].self_attn
-            joint = joint_groups(config, allowed, measured.bases, attention, layer) if "joint" in forms else None
-            choices[layer] = layer_choices(config, allowed, layer, measured.bases, measured.sensitivities, joint)
-        specs, _ = allocate(config, allowed, choices)
+        specs, _ = allocate_forms(session, measured, replace(budget, forms=forms), layers)
         with session.machine.autocast():
             kl = output_kl(session.teacher, build_student(session.teacher, measured.bases, specs), text)
         tried.append((kl, specs))

@@ -17,6 +17,7 @@ import torch
 from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.report import json_safe
+from tpa_train.evaluation.report import versions as package_versions
 
 PACKAGES = ("torch", "triton", "lightning")
 
@@ -74,15 +75,10 @@ def card(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what shapes a measurement; what is not installed is left out."""
-    found = {"tpa_train": _own_version(), "python": platform.python_version()}
+    found = {"tpa_train": _own_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | package_versions(PACKAGES)
 
 
 def _own_version() -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,9 +75,7 @@ def export_model(
         "layers": specs_to_dicts(student.specs),
         "source": {"path": source_path, "description": getattr(student.source, "description", None)},
     }
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         if student.tokenizer is not None:
@@ -83,13 +83,6 @@ def export_model(
         if card:
             (partial / "README.md").write_text(card)
         verify_export(student, partial, exact=dtype != "bfloat16", token_ids=check_ids)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -97,6 +90,27 @@ def check_free(out: Path) -> None:
     """Raises UserError unless ``out`` does not exist or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} already exists and is not empty; choose another folder.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``out`` that becomes ``out`` if the block succeeds and is removed if not.
+
+    Raises:
+        UserError: ``out`` is in use or cannot be written.
+    """
+    check_free(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():  # empty, as was checked
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @torch.no_grad()

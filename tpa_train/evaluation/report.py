@@ -354,10 +354,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that shape a result."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of Python and of the packages that shape a result; what is not installed is left out."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

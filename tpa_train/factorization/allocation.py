@@ -57,9 +57,10 @@ class Budget:
         """Whether anything may be cached in fewer than 16 bits."""
         return min(self.bits) < 16
 
-    def group_size(self, config: Gemma3Config) -> int:
-        """Returns the latents that are bought at a time."""
-        return min(GROUP if self.rounds else self.multiple, config.head_dim)
+    @property
+    def group_size(self) -> int:
+        """Latents of a row that are bought at a time."""
+        return GROUP if self.rounds else self.multiple
 
 
 def validate_budget(config: Gemma3Config, budget: Budget) -> None:
@@ -150,7 +151,7 @@ def layer_choices(
         measured: KLs by probe.
         joint: energies of the joint latent, where it competes.
     """
-    size, own = budget.group_size(config), {p: kl for p, kl in measured.items() if p.layer == layer}
+    own = {p: kl for p, kl in measured.items() if p.layer == layer}
 
     def curve(kind: str, form: str, groups: Groups) -> list[Choice]:
         ranks = {p.rank: kl for p, kl in own.items() if (p.kind, p.form, p.bits) == (kind, form, 16)}
@@ -163,7 +164,7 @@ def layer_choices(
     for kind, found in parts.items():
         if "latent" in budget.forms:
             basis = bases.part(layer, kind)
-            found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), size))
+            found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), budget.group_size))
         forms = set(budget.forms) - {"latent", "joint"}
         singly = [p for p in own if p.kind == kind and p.form in forms and p.bits in budget.bits]
         found += [measured_choice(config, p, own[p]) for p in singly]
@@ -175,10 +176,10 @@ def layer_choices(
     return sorted(choices, key=lambda c: (c.bytes, c.kl))
 
 
-def joint_groups(config: Gemma3Config, budget: Budget, bases: Bases, attention, layer: int) -> Groups:
+def joint_groups(budget: Budget, bases: Bases, attention, layer: int) -> Groups:
     """Returns the energies of a layer's joint latent; its latents have unit spread, so all energy is variance."""
     energies = bases.joint(attention, layer).energies[None]
-    return Groups.of(energies, energies, GROUP if budget.rounds else budget.multiple)
+    return Groups.of(energies, energies, budget.group_size)
 
 
 def allocate(config: Gemma3Config, budget: Budget, choices: dict[int, list[Choice]]) -> tuple[list[LayerSpec], float]:

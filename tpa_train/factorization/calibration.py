@@ -83,6 +83,16 @@ class LayerMoments:
         """Returns what adds up over processes: all but the sample."""
         return {name: tensor for name, tensor in vars(self).items() if not name.startswith("sample_")}
 
+    def on_host(self, layer: int) -> LayerMoments:
+        """Returns a copy on the CPU.
+
+        Raises:
+            UserError: a moment of ``layer`` is not finite.
+        """
+        if not all(bool(torch.isfinite(t).all()) for t in self.tensors().values()):
+            raise UserError(f"calibration of layer {layer} gave non-finite moments; the model's weights overflow.")
+        return LayerMoments(**{name: tensor.cpu() for name, tensor in self.tensors().items()})
+
     def value_covariance(self) -> tuple[Tensor, Tensor]:
         """Returns the mean [G, d] and covariance [G, d, d] of the values under squared attention."""
         mean = self.value_first / self.value_weight[:, None]
@@ -322,12 +332,7 @@ class CalibrationModule(L.LightningModule):
         Raises:
             UserError: the moments are not finite.
         """
-        for index, moments in self._moments.items():
-            if not all(bool(torch.isfinite(t).all()) for t in moments.tensors().values()):
-                raise UserError(f"calibration of layer {index} gave non-finite moments; the model's weights overflow.")
-        cpu = {
-            i: LayerMoments(**{n: t.cpu() for n, t in m.tensors().items()}) for i, m in self._moments.items()
-        }
+        cpu = {i: moments.on_host(i) for i, moments in self._moments.items()}
         return Calibration(cpu, self._tokens, self._context)
 
 

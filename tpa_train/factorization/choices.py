@@ -122,8 +122,6 @@ class Groups:
         total, found = 0, []
         while True:
             opened = [i for i in range(len(state)) if state[i] < len(steps[i]) and (i == 0 or state[i - 1] > 0)]
-            if not found:
-                opened = [0]
             if not opened:
                 return found
             best = max(opened, key=lambda i: (steps[i][state[i]][1] / steps[i][state[i]][0], -i))

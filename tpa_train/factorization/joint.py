@@ -111,7 +111,11 @@ class JointBasis:
         best = (project, *_readers(problem, project))
         if rank == self.project.shape[0]:  # nothing is lost
             return best
-        objective = lambda s: (lambda e: e[0] + balance * e[1])(problem.error(*s))  # noqa: E731
+
+        def objective(solution: tuple[Tensor, Tensor, Tensor]) -> float:
+            of_keys, of_values = problem.error(*solution)
+            return of_keys + balance * of_values
+
         lowest = objective(best)
         turns = _Turns(problem, balance)
         for _ in range(sweeps):

@@ -230,9 +230,7 @@ class _Streaming:
             return None
         with self._measured(cost, "solve_seconds"):
             # On the host: the eigenproblems are of size head_dim, and the sink's moments belong there anyway.
-            moments = LayerMoments(**{name: tensor.cpu() for name, tensor in moments.tensors().items()})
-            if not all(bool(torch.isfinite(t).all()) for t in moments.tensors().values()):
-                raise UserError(f"calibration of layer {index} gave non-finite moments; the model's weights overflow.")
+            moments = moments.on_host(index)
             attention = layer.self_attn
             factors = latent_key_factors(attention, key_basis(moments, self.cost.tokens), rank_k)
             factors |= latent_value_factors(attention, value_basis(attention, moments), rank_v)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tpa_train.checkpoints.export import check_free
+from tpa_train.checkpoints.export import check_free, new_folder
 from tpa_train.cli import parse
 from tpa_train.data.compact import export_compact
 from tpa_train.data.datamodule import PackedDataModule
@@ -33,7 +33,7 @@ from tpa_train.gemma3.tokenizer import Tokenizer
 from tpa_train.interrupts import Interrupted, InterruptHandler
 from tpa_train.pretraining.module import PretrainModule, heldout_loss, new_model
 from tpa_train.pretraining.progress import Progress
-from tpa_train.pretraining.saving import new_folder, save_pretrained
+from tpa_train.pretraining.saving import save_pretrained
 from tpa_train.pretraining.settings import DEFAULT_VOCABULARY, PretrainArgs, check, data_settings, model_config
 from tpa_train.pretraining.tokenizer import train_tokenizer
 from tpa_train.settings import TrainerSettings

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from tpa_train.checkpoints import load_pretrained
-from tpa_train.checkpoints.export import check_free
+from tpa_train.checkpoints.export import new_folder
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.gemma3.tokenizer import Tokenizer
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``out`` that becomes ``out`` if the block succeeds and is removed if not.
-
-    Raises:
-        UserError: ``out`` is in use or cannot be written.
-    """
-    check_free(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():  # empty, as was checked
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def huggingface_config(config: Gemma3Config, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpa_train.gemma3.attention import RotaryTable
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import Linear, RMSNorm, accumulation_dtype, apply_rotary
-from tpa_train.tpa.forms.latent import LatentKeys, LatentValues
+from tpa_train.tpa.forms.latent import BiasedOutput, LatentKeys, LatentValues
 
 
 class _Contextual(nn.Module):
@@ -42,8 +42,6 @@ class _Contextual(nn.Module):
 
 class ContextualKeys(_Contextual):
     """Keys (1/R) Σ_r a_r(x) ⊗ b_r(x): R(G + d) numbers a token, normalised and rotated when written."""
-
-    form = "contextual"
 
     def __init__(self, config: Gemma3Config, rank: int, constant: bool = False) -> None:
         super().__init__(config, config.num_kv_heads, rank, constant)
@@ -75,8 +73,6 @@ class ContextualKeys(_Contextual):
 class ConstantAKeys(ContextualKeys):
     """Keys whose A is the same for every token: b' and the norm of every head are cached, R·d + G numbers."""
 
-    form = "constant_a"
-
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__(config, rank, constant=True)
 
@@ -92,13 +88,11 @@ class ConstantAKeys(ContextualKeys):
         return keys * inverse.transpose(-2, -1)
 
 
-class ContextualValues(_Contextual):
+class ContextualValues(_Contextual, BiasedOutput):
     """Values (1/R) Σ_r a_r(x) ⊗ b_r(x), R(G + d) numbers a token, and the original output projection.
 
     ``bias`` [D] gives the layer's output what the factors cannot carry of the mean value (see ``LatentValues``).
     """
-
-    form = "contextual"
 
     def __init__(self, config: Gemma3Config, rank: int, constant: bool = False) -> None:
         super().__init__(config, config.num_kv_heads, rank, constant)
@@ -115,16 +109,9 @@ class ContextualValues(_Contextual):
         a, b = entries
         return torch.einsum("bsrg,bsrd->bsgd", a, b)
 
-    def output(self, heads: Tensor) -> Tensor:
-        """Projects [B, L, H, d] to [B, L, D]."""
-        out = self.out(heads.flatten(-2))
-        return out + self.bias.to(out.dtype)
-
 
 class ConstantAValues(ContextualValues):
     """Values whose A is the same for every token: only b is cached, R·d numbers."""
-
-    form = "constant_a"
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__(config, rank, constant=True)
@@ -142,8 +129,6 @@ class ConstantAValues(ContextualValues):
 class ConstantBKeys(LatentKeys):
     """Latent keys whose U [1, d, R] serves all heads: B is constant, a_g(x) is the latent."""
 
-    form = "constant_b"
-
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__(config, rank)
         self.up = nn.Parameter(torch.empty(1, config.head_dim, rank))
@@ -152,13 +137,9 @@ class ConstantBKeys(LatentKeys):
 class ConstantBValues(LatentValues):
     """Latent values whose U serves all heads; it is folded into ``out``, so the parameters are a latent's."""
 
-    form = "constant_b"
-
 
 class ContextualQueries(_Contextual):
     """Queries (1/R) Σ_r a_r(x) ⊗ b_r(x) of all H heads; nothing of them is cached."""
-
-    form = "contextual"
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__(config, config.num_heads, rank)

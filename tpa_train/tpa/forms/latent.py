@@ -21,8 +21,6 @@ from tpa_train.gemma3.layers import Linear, RMSNorm, accumulation_dtype, apply_r
 class DenseKeys(nn.Module):
     """The original keys: rotated, normalised, G·d numbers a token."""
 
-    form = "dense"
-
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         self.shape = (config.num_kv_heads, config.head_dim)
@@ -41,8 +39,6 @@ class DenseKeys(nn.Module):
 
 class LatentKeys(nn.Module):
     """Keys as U_g A_g x: rank-r latents are cached and keys rebuilt (and rotated) when read."""
-
-    form = "latent"
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
@@ -77,8 +73,6 @@ class LatentKeys(nn.Module):
 class DenseValues(nn.Module):
     """The original values, G·d numbers a token, and the original output projection."""
 
-    form = "dense"
-
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         self.shape = (config.num_kv_heads, config.head_dim)
@@ -98,14 +92,23 @@ class DenseValues(nn.Module):
         return self.out(heads.flatten(-2))
 
 
-class LatentValues(nn.Module):
-    """Values as latents A_g x: attention runs on G·r numbers a token and U_v is folded into the output projection.
+class BiasedOutput(nn.Module):
+    """Values whose output projection ``out`` is followed by a ``bias`` [D], which gives back a constant value.
 
-    Attention weights sum to one, so a constant value is a constant of the layer's output: ``bias`` [D] gives back the
-    center, and what of the mean value the latents cannot carry.
+    Attention weights sum to one, so a constant value is a constant of the layer's output.
     """
 
-    form = "latent"
+    def output(self, heads: Tensor) -> Tensor:
+        """Projects attention results [B, L, H, e] to [B, L, D]."""
+        out = self.out(heads.flatten(-2))
+        return out + self.bias.to(out.dtype)
+
+
+class LatentValues(BiasedOutput):
+    """Values as latents A_g x: attention runs on G·r numbers a token and U_v is folded into the output projection.
+
+    The bias gives back the center, and what of the mean value the latents cannot carry.
+    """
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
@@ -124,16 +127,9 @@ class LatentValues(nn.Module):
         """Returns the latents [B, S, G, r]: attention runs on them as they are."""
         return entries[0]
 
-    def output(self, heads: Tensor) -> Tensor:
-        """Projects [B, L, H, r] to [B, L, D]."""
-        out = self.out(heads.flatten(-2))
-        return out + self.bias.to(out.dtype)
-
 
 class JointKeys(nn.Module):
     """Keys of all heads from the latent that values share: K[g] = U_g c, normalised and rotated when read."""
-
-    form = "joint"
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
@@ -156,13 +152,11 @@ class JointKeys(nn.Module):
         return apply_rotary(self.norm(keys), rotary).to(latent.dtype)
 
 
-class JointValues(nn.Module):
+class JointValues(BiasedOutput):
     """Values from the keys' latent: V[g] = U_v[g] c, projected by the original W_O.
 
     U_v is not folded into W_O: that would make H·r·D weights out of G·d·r, and a joint latent is often wider than d.
     """
-
-    form = "joint"
 
     def __init__(self, config: Gemma3Config, rank: int) -> None:
         super().__init__()
@@ -178,8 +172,3 @@ class JointValues(nn.Module):
         """Returns values [B, S, G, d] around their mean, which is in the bias."""
         latent = key_entries[0][..., 0, :]
         return torch.einsum("bsr,gdr->bsgd", latent, self.up.to(latent.dtype))
-
-    def output(self, heads: Tensor) -> Tensor:
-        """Projects [B, L, H, d] to [B, L, D]."""
-        out = self.out(heads.flatten(-2))
-        return out + self.bias.to(out.dtype)

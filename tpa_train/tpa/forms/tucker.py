@@ -22,7 +22,7 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.attention import RotaryTable
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import Linear, RMSNorm, accumulation_dtype, apply_rotary
-from tpa_train.tpa.forms.latent import DenseValues
+from tpa_train.tpa.forms.latent import BiasedOutput, DenseValues
 from tpa_train.tpa.spec import LayerSpec
 
 
@@ -114,8 +114,6 @@ def build_shared(config: Gemma3Config, spec: LayerSpec) -> TuckerShared | None:
 class _TuckerPart(nn.Module):
     """Core and U_feat of one kind; ``heads`` is U_head [G, r_h], or None with the head mode whole."""
 
-    form = "tucker"
-
     def __init__(
         self, config: Gemma3Config, spec: LayerSpec, kind: str, shared: TuckerShared, heads: int, head_rank: int = 0
     ) -> None:
@@ -198,7 +196,7 @@ class TuckerKeys(_TuckerPart):
         return apply_rotary(keys.to(accumulation_dtype(keys.dtype)), rotary).to(dtype)
 
 
-class TuckerValues(_TuckerPart):
+class TuckerValues(_TuckerPart, BiasedOutput):
     """Values as core activations: attention runs on r₂ numbers a head, and what follows has U_feat folded in.
 
     ``out`` [D, H·r₂] is W_O^h U_feat unless the output projection is Tucker's too. ``bias`` [D] gives back the center
@@ -220,11 +218,6 @@ class TuckerValues(_TuckerPart):
     def read(self, entries: tuple[Tensor, ...], key_entries: tuple[Tensor, ...]) -> Tensor:
         """Returns latents of every KV head, [B, S, G, r₂]."""
         return self.mix(entries[0]) if self.mixes_when_read else entries[0]
-
-    def output(self, heads: Tensor) -> Tensor:
-        """Projects [B, L, H, r₂] to [B, L, D]."""
-        out = self.out(heads.flatten(-2))
-        return out + self.bias.to(out.dtype)
 
 
 class UnprojectedValues(DenseValues):
