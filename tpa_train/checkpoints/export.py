@@ -223,4 +223,4 @@ def load_export(
         raise UserError(f"{weights} is damaged or truncated ({error}).") from error
     if (folder / "tokenizer.model").is_file():
         model.tokenizer = Tokenizer.from_file(folder / "tokenizer.model")
-    return model.eval()
+    return model.to(device).eval()
