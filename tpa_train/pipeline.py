@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tpa_train.checkpoints import find_default, load_pretrained
+from tpa_train.compilation import compiled
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
@@ -398,7 +400,7 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl,
+        initial_kl=initial_kl, checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 
 
@@ -424,8 +426,6 @@ def recover(
     """
     with seeded(session.settings.seed):
         module = recovery_module(session, student, stage)
-        if session.settings.trainer.compile:
-            compile_layers(session.teacher, module)
         trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
         session.data.stage = stage
         session.data.trainer = None
@@ -434,7 +434,8 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
+            with compiled(compiled_parts(module)) if session.settings.trainer.compile else nullcontext():
+                trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)
     module.to(session.machine.device)
@@ -453,11 +454,11 @@ def check_readable(checkpoint: Path) -> None:
         ) from error
 
 
-def compile_layers(teacher: Gemma3ForCausalLM, module: RecoveryModule) -> None:
-    """Compiles the decoder layers in place: they share one graph per kind, and hooks stay outside of it."""
-    for model in (teacher, module.student):
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+def compiled_parts(module: RecoveryModule) -> list[nn.Module]:
+    """Returns what a stage compiles: the teacher's layers and the student's, or its attentions where they run alone."""
+    layers = module.student.layers
+    parts = [layer.self_attn for layer in layers] if module.stage == "layerwise" else layers
+    return [*module.teacher.layers, *parts]
 
 
 def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:

@@ -114,6 +114,8 @@ class TrainerSettings:
     accumulate: int = 1
     # compile the models' forward (CUDA)
     compile: bool = False
+    # end to end, keep only each layer's input for the backward pass and compute the rest again: less memory, more time
+    checkpoint_activations: bool = False
     # a checkpoint is written every so many minutes, besides the one at a signal
     checkpoint_minutes: float = 5.0
 

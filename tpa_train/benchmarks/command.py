@@ -8,19 +8,18 @@ import importlib
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
-from tpa_train.benchmarks.record import check_out, make_record, write_record
+from tpa_train.benchmarks.record import check_out, make_record, table_of, write_record
 from tpa_train.cli import HELP, choose_device, parse
 from tpa_train.errors import UserError, nearest
-from tpa_train.evaluation.report import table
 
 PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "train": "tpa_train.benchmarks.train:TrainBenchmark",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_out(options.out)
     device = choose_device(getattr(settings, "device", None))
     rows = module.run(settings)
-    print(getattr(module, "render", render)(rows))
+    print(getattr(module, "render", table_of)(rows))
     if options.out is not None:
         write_record(options.out, make_record(f"{PROGRAM} {shlex.join(argv)}", settings, rows, device))
         print(f"\nwritten to {options.out}")
@@ -83,15 +82,3 @@ def print_help() -> None:
         print("\n" + "-" * 80)
         with contextlib.suppress(SystemExit):
             parse(with_out(schema), ["--help"], f"{PROGRAM} {name}", module.__doc__.splitlines()[0])
-
-
-def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows that may have different keys as one table."""
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    return table(head, [[_cell(row.get(key)) for key in head] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tpa_train.distillation.capture import capture_attention
 from tpa_train.distillation.losses import linear_kl, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
+from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -148,14 +149,13 @@ class RecoveryModule(L.LightningModule):
         return {n: settings.lr_factors if n in self._factors else settings.lr_original for n in self.trained}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters, members, groups = dict(self.student.named_parameters()), {}, []
+        parameters, members = dict(self.student.named_parameters()), {}
         for name, rate in self.learning_rates().items():
-            if name in self._factors:
-                scale = element_scale(parameters[name])
-                groups.append({"params": [parameters[name]], "lr": rate, "scale": scale})
-            else:
-                members.setdefault(rate, []).append(parameters[name])
-        groups += [{"params": list_, "lr": rate} for rate, list_ in members.items()]
+            members.setdefault((rate, name in self._factors), []).append(parameters[name])
+        groups = [
+            {"params": list_, "lr": rate, "scales": [element_scale(p) for p in list_] if relative else None}
+            for (rate, relative), list_ in members.items()
+        ]
         optimizer = ScaledAdamW(
             groups, betas=tuple(self.settings.betas), eps=ADAM_EPS, weight_decay=0.0, fused=self.device.type == "cuda"
         )
@@ -195,16 +195,20 @@ def layer_errors(
         batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
     """
     ids, layers = batch["token_ids"], student.converted_layers
-    with torch.no_grad(), capture_attention(teacher, layers) as records:
-        context = teacher.context(ids, batch.get("document_ids"))
-        teacher.run_layers(teacher.embed(ids), context, stop=layers[-1] + 1)
     errors = {}
-    for index, record in records.items():
+    with torch.no_grad():
+        context = teacher.context(ids, batch.get("document_ids"))
+        x = teacher.embed(ids)
+    for index in range(layers[-1] + 1):
+        with torch.no_grad():
+            if index not in layers:
+                x = teacher.layers[index](x, context)
+                continue
+            x, entering, expected = teacher.layers[index](x, context, trace=True)
         root = student.output_metrics.get(index)
         if root is not None and root.device != ids.device:
             root = student.output_metrics[index] = root.to(ids.device)
-        output = student.layers[index].self_attn(record.input, record.context)
-        errors[index] = normalised_error(output, record.output, root)
+        errors[index] = normalised_error(student.layers[index].self_attn(entering, context), expected, root)
     return errors
 
 
@@ -248,6 +252,7 @@ class EndToEndModule(RecoveryModule):
             ``FULL_RATE_KL`` or above, and fall with the root of its KL below: the noise of Adam's steps is a KL of its
             own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
             2K tokens at full rates took a student from .006 to .038.
+        checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
     """
 
     stage = "distilled"
@@ -263,9 +268,10 @@ class EndToEndModule(RecoveryModule):
         hidden_until: float = 0.5,
         kl_every: int = 1,
         initial_kl: float = FULL_RATE_KL,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
-        self.initial_kl = initial_kl
+        self.initial_kl, self.checkpoint_activations = initial_kl, checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
 
@@ -276,6 +282,12 @@ class EndToEndModule(RecoveryModule):
     def _decayed_weight(self) -> float:
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
         return self.hidden_weight * max(0.0, 1.0 - progress)
+
+    def _student_layer(self, index: int, x: Tensor, context: AttentionContext) -> Tensor:
+        layer = self.student.layers[index]
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, x, context, use_reentrant=False)
+        return layer(x, context)
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids, documents = batch["token_ids"], batch.get("document_ids")
@@ -289,7 +301,7 @@ class EndToEndModule(RecoveryModule):
         for index in range(self.first, self.teacher.config.num_layers):
             with torch.no_grad():
                 x_teacher = self.teacher.layers[index](x_teacher, context)
-            x_student = self.student.layers[index](x_student, context)
+            x_student = self._student_layer(index, x_student, context)
             if weight > 0:
                 hidden_error = hidden_error + normalised_error(x_student, x_teacher)
         hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
