@@ -18,7 +18,7 @@ def settings(tiny, tmp_path):
     return TrainBenchmark(
         model=str(tiny.model), data=str(text), context=32, tokens=128, batch_size=2, micro_batches=[1, 3, 4], steps=2,
         warmup=1, cache_ratio=2.5, calibration_tokens=256,
-        options=["trainer.precision=float32", "budget.context=512", f"data.cache_dir={tmp_path}", "evaluation.copy=[20]"],
+        options=["trainer.precision=float32", "budget.context=512", f"data.cache_dir={tmp_path}"],
     )  # fmt: skip
 
 

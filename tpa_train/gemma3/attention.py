@@ -9,6 +9,7 @@ A subclass changes what one token writes into the cache and how keys and values 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ try:  # torch ≥ 2.10; older versions and CPUs use the SDPA path below
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover - depends on the installed torch
     varlen_attn = None
+# Newer versions read each key for all its query heads instead of having it repeated.
+VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 RotaryTable = tuple[Tensor, Tensor]
 BAND_BLOCK = 128  # queries of a block in the banded path: it computes W + 128 scores a query for the W that are needed
@@ -120,12 +123,15 @@ def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
     else:
         edges = documents.cu_seqlens
-    if k.shape[2] != heads:  # expand is free; the kernels of torch 2.10 have no enable_gqa
-        k = k.repeat_interleave(heads // k.shape[2], dim=2)
-        v = v.repeat_interleave(heads // v.shape[2], dim=2)
-    flat = [t.reshape(batch * length, heads, dim) for t in (q, k, v)]
+    options = {}
+    if k.shape[2] != heads:
+        if VARLEN_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (k, v))
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
     left = -1 if window is None else window - 1
-    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0))
+    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
     return out.view(batch, length, heads, dim)
 
 
