@@ -1,29 +1,35 @@
-"""Parts are compiled inside the context, and plain modules after it."""
+"""Passes are compiled inside the context and plain methods after it; a layer's trace; offsets of documents on CUDA."""
 
+import pytest
 import torch
 from random_models import random_model, small_config, tokens
 
 from tpa_train import compilation
 
 
-def test_parts_are_compiled_while_they_train_and_plain_afterwards(monkeypatch):
+class Owner:
+    def twice(self, x):
+        return 2 * x
+
+
+def test_methods_are_compiled_inside_the_context_only(monkeypatch):
     graphs = []
 
     def backend(graph, _inputs):
         graphs.append(graph)
         return graph.forward
 
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
-    config = small_config(num_layers=2, layer_kinds=("local", "global"))
-    model, ids = random_model(config), tokens(config, 1, 5)
-    expected = model(ids)
-    with compilation.compiled(model.layers):
-        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-10)
-        traced = model.layers[0](model.embed(ids), model.context(ids), trace=True)
-    assert len(traced) == 3 and graphs
-    graphs.clear()
-    assert model(ids).equal(expected) and not graphs
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_function(f, backend=backend, **options))
+    owner = Owner()
+    with pytest.raises(RuntimeError), compilation.compiled(owner, ("twice",)):
+        assert owner.twice(torch.ones(3)).equal(torch.full((3,), 2.0)) and len(graphs) == 1
+        for size in range(4, 20):  # more shapes than the default limit
+            owner.twice(torch.ones(size))
+        assert len(graphs) == 17
+        raise RuntimeError
+    assert owner.twice(torch.ones(50)).equal(torch.full((50,), 2.0)) and len(graphs) == 17
+    assert not vars(owner)
 
 
 def test_the_trace_of_a_layer_is_what_enters_and_leaves_its_attention():

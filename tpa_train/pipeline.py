@@ -434,7 +434,7 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            with compiled(compiled_parts(module)) if session.settings.trainer.compile else nullcontext():
+            with compiled(module, module.passes) if session.settings.trainer.compile else nullcontext():
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)
@@ -452,13 +452,6 @@ def check_readable(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} is damaged ({str(error).splitlines()[0]}); delete it to redo that stage."
         ) from error
-
-
-def compiled_parts(module: RecoveryModule) -> list[nn.Module]:
-    """Returns what a stage compiles: the teacher's layers and the student's, or its attentions where they run alone."""
-    layers = module.student.layers
-    parts = [layer.self_attn for layer in layers] if module.stage == "layerwise" else layers
-    return [*module.teacher.layers, *parts]
 
 
 def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:

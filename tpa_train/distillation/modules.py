@@ -99,6 +99,7 @@ class RecoveryModule(L.LightningModule):
     """
 
     stage: str
+    passes: tuple[str, ...]  # names of the methods that a step spends its time in, to be compiled
 
     def __init__(
         self,
@@ -182,8 +183,37 @@ class RecoveryModule(L.LightningModule):
         raise NotImplementedError
 
 
+def trace_attention(
+    teacher: Gemma3ForCausalLM, layers: list[int], x: Tensor, context: AttentionContext
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns what enters and leaves the attention of each of ``layers``, [B, L, D] each, from embeddings ``x``."""
+    traces = []
+    for index in range(layers[-1] + 1):
+        x, *trace = teacher.layers[index](x, context, trace=True)
+        if index in layers:
+            traces.append(tuple(trace))
+    return traces
+
+
+def attention_errors(
+    student: Gemma3ForMultimodalLMwithTPA,
+    traces: list[tuple[Tensor, Tensor]],
+    roots: list[Tensor | None],
+    context: AttentionContext,
+) -> list[Tensor]:
+    """Returns each converted attention's normalised error on the teacher's ``traces``, under M^½ of ``roots``."""
+    errors = []
+    for index, (entering, expected), root in zip(student.converted_layers, traces, roots, strict=True):
+        errors.append(normalised_error(student.layers[index].self_attn(entering, context), expected, root))
+    return errors
+
+
 def layer_errors(
-    teacher: Gemma3ForCausalLM, student: Gemma3ForMultimodalLMwithTPA, batch: dict[str, Tensor]
+    teacher: Gemma3ForCausalLM,
+    student: Gemma3ForMultimodalLMwithTPA,
+    batch: dict[str, Tensor],
+    trace: Callable[..., list[tuple[Tensor, Tensor]]] = trace_attention,
+    measure: Callable[..., list[Tensor]] = attention_errors,
 ) -> dict[int, Tensor]:
     """Returns each converted attention's normalised output error when it is given the teacher's input.
 
@@ -193,23 +223,16 @@ def layer_errors(
 
     Args:
         batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+        trace, measure: the two passes, where a caller has compiled them.
     """
-    ids, layers = batch["token_ids"], student.converted_layers
-    errors = {}
+    ids, layers, metrics = batch["token_ids"], student.converted_layers, student.output_metrics
+    for index, root in metrics.items():
+        metrics[index] = root.to(ids.device)
     with torch.no_grad():
         context = teacher.context(ids, batch.get("document_ids"))
-        x = teacher.embed(ids)
-    for index in range(layers[-1] + 1):
-        with torch.no_grad():
-            if index not in layers:
-                x = teacher.layers[index](x, context)
-                continue
-            x, entering, expected = teacher.layers[index](x, context, trace=True)
-        root = student.output_metrics.get(index)
-        if root is not None and root.device != ids.device:
-            root = student.output_metrics[index] = root.to(ids.device)
-        errors[index] = normalised_error(student.layers[index].self_attn(entering, context), expected, root)
-    return errors
+        traces = trace(teacher, layers, teacher.embed(ids), context)
+    errors = measure(student, traces, [metrics.get(index) for index in layers], context)
+    return dict(zip(layers, errors, strict=True))
 
 
 class LayerwiseModule(RecoveryModule):
@@ -222,7 +245,8 @@ class LayerwiseModule(RecoveryModule):
             a layer that starts close gets rates smaller by the root of its error: its noise stays below what it has.
     """
 
-    stage = "layerwise"
+    stage, passes = "layerwise", ("trace", "measure")
+    trace, measure = staticmethod(trace_attention), staticmethod(attention_errors)
 
     def __init__(
         self, teacher, student, settings: OptimizerSettings, total_steps: int, initial_errors: dict[int, float]
@@ -237,7 +261,7 @@ class LayerwiseModule(RecoveryModule):
         }
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = layer_errors(self.teacher, self.student, batch)
+        errors = layer_errors(self.teacher, self.student, batch, self.trace, self.measure)
         return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
 
 
@@ -255,7 +279,7 @@ class EndToEndModule(RecoveryModule):
         checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
     """
 
-    stage = "distilled"
+    stage, passes = "distilled", ("teacher_pass", "student_pass")
 
     def __init__(
         self,
@@ -283,36 +307,47 @@ class EndToEndModule(RecoveryModule):
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
         return self.hidden_weight * max(0.0, 1.0 - progress)
 
-    def _student_layer(self, index: int, x: Tensor, context: AttentionContext) -> Tensor:
-        layer = self.student.layers[index]
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(layer, x, context, use_reentrant=False)
-        return layer(x, context)
+    def teacher_pass(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Returns the residual stream below the first learning layer, those above it, and final hidden states.
+
+        All are [B, L, D]; the streams above are left out where no hidden-state loss asks for them.
+        """
+        shared = x = self.teacher.run_layers(x, context, stop=self.first)
+        streams = []
+        for layer in self.teacher.layers[self.first :]:
+            x = layer(x, context)
+            streams.append(x)
+        return shared, streams if self.hidden_weight > 0 else [], self.teacher.norm(x)
+
+    def student_pass(self, x: Tensor, context: AttentionContext, targets: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Returns final hidden states [B, L, D] and the mean normalised error against the streams ``targets``.
+
+        Args:
+            x: residual stream below the first learning layer, where teacher and student are one.
+        """
+        error = None
+        for number, layer in enumerate(self.student.layers[self.first :]):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+            if targets:
+                term = normalised_error(x, targets[number]) / len(targets)
+                error = term if error is None else error + term
+        return self.student.norm(x), error
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, documents = batch["token_ids"], batch.get("document_ids")
-        weight = self._decayed_weight()
+        ids = batch["token_ids"]
         with torch.no_grad():
-            context = self.teacher.context(ids, documents)
-            shared = self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.first)
-        # Nothing below the first learning layer differs, so both continue from the same residual stream.
-        x_teacher = x_student = shared
-        hidden_error = shared.new_zeros(())
-        for index in range(self.first, self.teacher.config.num_layers):
-            with torch.no_grad():
-                x_teacher = self.teacher.layers[index](x_teacher, context)
-            x_student = self._student_layer(index, x_student, context)
-            if weight > 0:
-                hidden_error = hidden_error + normalised_error(x_student, x_teacher)
-        hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
+            context = self.teacher.context(ids, batch.get("document_ids"))
+            shared, streams, h_teacher = self.teacher_pass(self.teacher.embed(ids), context)
+        h_student, hidden_error = self.student_pass(shared, context, streams)
         every = min(self.kl_every, ids.shape[1])
         # Another residue each step, so that all positions get their turn.
         pick = slice(self.global_step % every, None, every)
-        with torch.no_grad():
-            h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
-        h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
+        h_teacher, h_student = (h[:, pick].flatten(0, 1) for h in (h_teacher, h_student))
         kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight)
-        metrics = {"kl": kl.detach()}
-        if weight > 0:
-            metrics["hidden_error"] = hidden_error.detach()
-        return kl + weight * hidden_error, metrics
+        if hidden_error is None:
+            return kl, {"kl": kl.detach()}
+        loss = kl + self._decayed_weight() * hidden_error
+        return loss, {"kl": kl.detach(), "hidden_error": hidden_error.detach()}

@@ -10,6 +10,7 @@ A subclass changes what one token writes into the cache and how keys and values 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ except ImportError:  # pragma: no cover - depends on the installed torch
 VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 RotaryTable = tuple[Tensor, Tensor]
+DOCUMENT_SIZES = 8  # on CUDA, offsets of documents are filled up to a power of this, 64 at least
 BAND_BLOCK = 128  # queries of a block in the banded path: it computes W + 128 scores a query for the W that are needed
 
 
@@ -39,17 +41,23 @@ class Documents:
     """Which document every token of a packed batch belongs to; attention never crosses a document's edge.
 
     ``ids``: int [B, L], constant inside a document and different in neighbouring ones.
+
+    On CUDA ``cu_seqlens`` is filled up with empty documents to one of a few sizes, so that code compiled for its shape
+    serves every batch.
     """
 
     ids: Tensor
-    cu_seqlens: Tensor = field(init=False)  # int32 [documents + 1], offsets in the flattened [B·L] tokens
+    cu_seqlens: Tensor = field(init=False)  # int32 [≥ documents + 1], offsets in the flattened [B·L] tokens
 
     def __post_init__(self) -> None:
         batch, length = self.ids.shape
         starts = torch.ones_like(self.ids, dtype=torch.bool)
         starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         first = starts.flatten().nonzero().flatten()
-        self.cu_seqlens = torch.cat((first, first.new_tensor([batch * length]))).to(torch.int32)
+        size = len(first) + 1
+        if self.ids.is_cuda:
+            size = DOCUMENT_SIZES ** math.ceil(math.log(max(size, DOCUMENT_SIZES**2), DOCUMENT_SIZES))
+        self.cu_seqlens = F.pad(first, (0, size - len(first)), value=batch * length).to(torch.int32)
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Returns (row, start, end) of every document, on the host."""
