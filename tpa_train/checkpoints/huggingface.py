@@ -170,7 +170,7 @@ def _stored_tensors(folder: Path) -> dict[str, Weight]:
     elif index.exists():
         files = sorted({folder / Path(name).name for name in _read_json(index).get("weight_map", {}).values()})
     else:
-        hint = " (only a LoRA adapter: merge it into its base model first)" * (folder / "adapter_config.json").exists()
+        hint = " (only a LoRA adapter: name it as model.adapter)" * (folder / "adapter_config.json").exists()
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}.")
     stored = {}
     for path in files:
@@ -208,14 +208,29 @@ def _check_tied(folder: Path, head: Weight, embedding: Weight) -> None:
 def _tokenizer(folder: Path) -> Tokenizer | None:
     """Reads ``tokenizer.model`` and the chat template; without the former, returns None."""
     path = folder / "tokenizer.model"
-    if not path.exists():
-        return None
-    template = None
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "tokenizer_config.json").exists():
-        template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    return Tokenizer.from_file(path, template if isinstance(template, str) else None)
+    return Tokenizer.from_file(path, read_chat_template(folder)) if path.exists() else None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Returns the chat template of a folder that transformers wrote, or None.
+
+    It stands in a file of its own, in the processor's ``chat_template.json`` (multimodal models), or in
+    ``tokenizer_config.json``, there also as a list of named ones, of which "default" is the one to chat with.
+    """
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}.") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        if isinstance(template, list):
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

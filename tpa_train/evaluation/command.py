@@ -39,6 +39,10 @@ class DataArgs:
             "which is used; without it the held-out part of the documentation that Python itself carries."
         },
     )
+    chat: bool = field(
+        default=False,
+        metadata={"help": "data.path holds conversations (.jsonl, .json, .parquet): score the model's turns only."},
+    )
     text_key: str = field(default="text", metadata={"help": "field that holds the text in .jsonl and .parquet."})
     join_documents: bool = field(
         default=True,
@@ -279,7 +283,8 @@ def evaluation_text(
     if heldout is None:  # data packed earlier has its own split, and its training part is no text to evaluate on
         heldout = not data.path or (len(data.path) == 1 and is_packed(Path(data.path[0]).expanduser()))
     if data.path:
-        settings.kind, settings.path = "text", data.path[0] if len(data.path) == 1 else list(data.path)
+        settings.kind = "chat" if data.chat else "text"
+        settings.path = data.path[0] if len(data.path) == 1 else list(data.path)
         if not heldout:
             settings.heldout_fraction, settings.heldout_min_tokens = 0.0, 0
     stream = PackedStream(pack(settings, tokenizer, progress), "heldout" if heldout else "train", tokenizer.fingerprint)
@@ -335,9 +340,10 @@ def render(result: dict[str, Any]) -> str:
         rows.append([f"{name}: per character", f"{a['acc_norm']:.1%}", f"{b['acc_norm']:.1%}"])
     notes = [f"The cache is {cache.ratio:.2f} times smaller."]
     if result["stages"]:
-        about = result["evaluation"]
+        about, measured = result["evaluation"], result["stages"][1]
+        what = "tokens of the model's turns" if measured["masked"] else "tokens"
         notes.append(
-            f"{result['stages'][1]['evaluated_tokens']:,} tokens scored of {about['text']}, in {about['rows']} rows of "
+            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {about['rows']} rows of "
             f"{about['context']:,}; KL in nats a token."
         )
     for suite in result["suites"]:
@@ -359,6 +365,8 @@ def _check(args: EvaluateArgs) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
+    if args.data.chat and not args.data.path:
+        raise UserError("data.chat=true needs data.path: a file of conversations.")
     if args.suite.limit is not None and args.suite.limit < 1:
         raise UserError(f"suite.limit={args.suite.limit} must be at least 1.")
 

@@ -325,7 +325,8 @@ def _evaluation_line(report: Report) -> str:
     last = report.stages[-1]
     about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.evaluation.items())
     head = "" if last.head_dtype in ("float32", "float64") else f"; vocabulary scores in {last.head_dtype}"
-    measured = f"Measured on {last.evaluated_tokens:,} held-out tokens" + (f" ({about})" if about else "")
+    what = "held-out tokens of the model's turns" if last.masked else "held-out tokens"
+    measured = f"Measured on {last.evaluated_tokens:,} {what}" + (f" ({about})" if about else "")
     return (
         f"{measured}{head}. KL(teacher ‖ student) in nats a token; top-1: both rank the same token first; copy N: of a "
         "text repeated after N tokens, the tokens of the second copy predicted right; tokens and time: what the stage "

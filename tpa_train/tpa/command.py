@@ -27,6 +27,11 @@ class GenerateArgs:
         "of a packaged one (gemma3_270m)."},
     )  # fmt: skip
     prompt: str = field(metadata={"help": "text to continue; - reads it from standard input."})
+    chat: str = field(
+        default="false",
+        metadata={"help": "put the prompt into the model's chat template and let it answer; auto: if its checkpoint "
+                  "came with a template.", "choices": ("false", "true", "auto")},
+    )  # fmt: skip
     max_tokens: int = field(default=128, metadata={"help": "write at most so many tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token every time."})
     top_k: int | None = field(default=None, metadata={"help": "sample from the so many likeliest tokens only."})
@@ -100,10 +105,11 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
         UserError: the model has no tokenizer, or the text does not fit its context.
     """
     from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-    from tpa_train.tpa.generation import generate
+    from tpa_train.tpa.generation import encode_prompts, generate
 
     if model.tokenizer is None:
         raise UserError(f"model={args.model} has no tokenizer; put its tokenizer.model beside the weights.")
+    chat = args.chat == "true" or args.chat == "auto" and model.tokenizer.chat_template is not None
     decoder, times = StreamDecoder(model.tokenizer), []
 
     def show(tokens: list[int | None]) -> None:
@@ -114,11 +120,11 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
 
     start = time.perf_counter()
     generate(
-        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show,
+        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show, chat=chat,
     )  # fmt: skip
     out.write(decoder.flush() + "\n")
     out.flush()
-    prompt_tokens = len(model.tokenizer.encode(prompt))
+    prompt_tokens = len(encode_prompts(model, [prompt], chat)[0])
     with torch.device("meta"):
         dense = Gemma3ForMultimodalLMwithTPA(model.config)
     capacity, dtype = prompt_tokens + args.max_tokens, model.head_weight.dtype
