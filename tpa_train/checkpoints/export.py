@@ -70,13 +70,17 @@ def export_model(
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"'{name}' holds NaN or infinite values; the training diverged, nothing was exported.")
         tensors[name] = parameter.detach().to(device="cpu", dtype=target or parameter.dtype).contiguous()
+    adapter = getattr(student.source, "adapter", None)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": student.config.to_dict(),
         "layers": specs_to_dicts(student.specs),
-        "source": {"path": source_path, "description": getattr(student.source, "description", None)},
-    }
+        "source": {
+            "path": source_path, "description": getattr(student.source, "description", None),
+            "adapter": str(adapter.resolve()) if adapter is not None else None,
+        },
+    }  # fmt: skip
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})

@@ -52,16 +52,16 @@ def open_huggingface(folder: Path) -> Checkpoint:
     text = _text_config(folder, raw)
     stored = _stored_tensors(folder)
     weights, skipped, unknown, heads = {}, [], [], []
-    for name, weight in stored.items():
-        prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
-        if name in _HEADS:
+    for stored_as, weight in stored.items():
+        name = text_name(stored_as)
+        if name is None:
+            unknown.append(stored_as)
+        elif name == "":
+            skipped.append(stored_as)
+        elif name == "lm_head.weight":
             heads.append(weight)
-        elif name.startswith(_VISION):
-            skipped.append(name)
-        elif prefix is None:
-            unknown.append(name)
         else:
-            weights[name.removeprefix(prefix)] = weight
+            weights[name] = weight
     embedding = weights.get("embed_tokens.weight")
     if embedding is None:
         raise UserError(f"{folder}: weight embed_tokens.weight is missing from the file.")
@@ -79,6 +79,17 @@ def open_huggingface(folder: Path) -> Checkpoint:
         tokenizer=_tokenizer(folder),
         unknown=tuple(unknown),
     )
+
+
+def text_name(stored: str) -> str | None:
+    """Returns our name of a tensor, "lm_head.weight" for the head, "" in the vision part, None if it has no place."""
+    if stored.startswith(_VISION):
+        return ""
+    head = next((head for head in _HEADS if stored.startswith(head.removesuffix("weight"))), None)
+    if head is not None:
+        return "lm_head." + stored.removeprefix(head.removesuffix("weight"))
+    prefix = next((p for p in _PREFIXES if stored.startswith(p)), None)
+    return None if prefix is None else stored.removeprefix(prefix)
 
 
 def read_config(path: Path, text: dict[str, Any], vocabulary: int) -> Gemma3Config:

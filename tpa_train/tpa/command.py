@@ -27,6 +27,7 @@ class GenerateArgs:
         "of a packaged one (gemma3_270m)."},
     )  # fmt: skip
     prompt: str = field(metadata={"help": "text to continue; - reads it from standard input."})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
     chat: str = field(
         default="false",
         metadata={"help": "put the prompt into the model's chat template and let it answer; auto: if its checkpoint "
@@ -64,13 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _check(args)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == STDIN else args.prompt
-    model = open_model(args.model, args.dtype, args.device)
+    model = open_model(args.model, args.dtype, args.device, args.adapter)
     figures = stream(model, prompt, args, sys.stdout)
     print(describe(figures), file=sys.stderr)
 
 
-def open_model(path: str | Path, dtype: str | None = None, device: str | None = None) -> Gemma3ForCausalLM:
+def open_model(
+    path: str | Path, dtype: str | None = None, device: str | None = None, adapter: str | None = None
+) -> Gemma3ForCausalLM:
     """Loads an exported folder, the export of a run folder, an original checkpoint, or a packaged model by name.
+
+    ``adapter`` is merged into an original checkpoint.
 
     Raises:
         UserError: nothing of the kind is at ``path``, it is damaged, or the device cannot be used.
@@ -89,9 +94,11 @@ def open_model(path: str | Path, dtype: str | None = None, device: str | None = 
             )
         folder = folder / "export"
     if is_export(folder):
+        if adapter is not None:
+            raise UserError(f"adapter={adapter}: {folder} is an export; adapters are merged into originals only.")
         return load_export(folder, dtype=weights, device=where)
     original = find_default(str(path)) if is_packaged(str(path)) and not folder.exists() else folder
-    return load_pretrained(original, dtype=weights).to(where).eval()
+    return load_pretrained(original, weights, adapter).to(where).eval()
 
 
 def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextIO) -> dict[str, Any]:
