@@ -98,6 +98,13 @@ def test_the_teacher_is_the_adapted_model(chat):
     assert source["adapter"] == str(chat.adapter.resolve())
 
 
+def test_samples_are_answers(chat):
+    report = json.loads((chat.run / "report.json").read_text())
+    teacher = load_pretrained(chat.model, adapter=chat.adapter)
+    for sample in report["samples"]:
+        assert sample["teacher"] == continue_text(teacher, sample["prompt"], 3, chat=True)[0]
+
+
 def test_exports_keep_the_template(chat, tmp_path):
     assert (chat.run / "export" / "chat_template.jinja").read_text() == TEMPLATE
     model = Gemma3ForMultimodalLMwithTPA.from_pretrained(chat.run / "export")
@@ -119,7 +126,7 @@ def test_evaluate_merges_the_recorded_adapter(chat, tmp_path, capsys):
     assert plain["source"]["adapter"] is None
     assert plain["stages"][1]["teacher_perplexity"] != merged["stages"][1]["teacher_perplexity"]
     evaluate([*arguments, f"teacher={chat.model}", f"adapter={chat.adapter}"])
-    assert json.loads(capsys.readouterr().out)["stages"] [1]["kl"] == merged["stages"][1]["kl"]
+    assert json.loads(capsys.readouterr().out)["stages"][1]["kl"] == merged["stages"][1]["kl"]
     with pytest.raises(UserError, match="data.chat=true needs data.path"):
         evaluate([f"model={chat.run}", "data.chat=true", "device=cpu"])
 

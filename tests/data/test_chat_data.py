@@ -249,3 +249,8 @@ def test_bad_options(tmp_path):
     (tmp_path / "notes.txt").write_text("hello world " * 100)
     text = DataSettings(kind="text", path=str(tmp_path / "notes.txt"), cache_dir=str(tmp_path / "cache"))
     refused("packed without marks for the model's turns", path=str(packed(text)))
+    folder = packed(settings_for(tmp_path))
+    assert packed(DataSettings(kind="chat", path=str(folder))) == folder
+    tuned = Tokenizer(TOKENIZER.model_proto, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="packed with another chat template"):
+        pack(DataSettings(kind="chat", path=str(folder)), tuned, progress=False)

@@ -38,7 +38,7 @@ from tpa_train.data.packed import (
     temporary_folder,
 )  # fmt: skip
 from tpa_train.data.settings import DataSettings
-from tpa_train.data.sources import Source, make_source
+from tpa_train.data.sources import Source, make_source, template_name
 from tpa_train.errors import UserError
 from tpa_train.gemma3.chat import Conversation
 
@@ -84,11 +84,8 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
         if is_packed(path):
             folder = import_compact(path, cache) if path.is_file() else path
             packed = PackedStream(folder, tokenizer_fingerprint=tokenizer.fingerprint)  # checks
-            if settings.kind == "chat" and settings.train_on == "completions" and not packed.manifest.masked:
-                raise UserError(
-                    f"data.path: {path} was packed without marks for the model's turns; pack its conversations again, "
-                    f"or use data.train_on=all."
-                )
+            if settings.kind == "chat":
+                _check_packed_chat(path, packed.manifest, settings, tokenizer)
             return folder
     source = make_source(settings, tokenizer)
     key = {
@@ -121,6 +118,17 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
             _counts(manifest), seconds, f"{sum(manifest.tokens.values()) / max(seconds, 1e-9):,.0f}", folder,
         )  # fmt: skip
     return folder
+
+
+def _check_packed_chat(path: Path, manifest: Manifest, settings: DataSettings, tokenizer: TokenizerLike) -> None:
+    """Refuses data packed earlier that is not the conversations that the settings ask for."""
+    if settings.train_on == "completions" and not manifest.masked:
+        raise UserError(
+            f"data.path: {path} was packed without marks for the model's turns; pack its conversations again, or use "
+            "data.train_on=all."
+        )
+    if manifest.source.get("template") not in (None, template_name(tokenizer)):
+        raise UserError(f"data.path: {path} was packed with another chat template; pack its conversations again.")
 
 
 def _counts(manifest: Manifest) -> str:

@@ -288,7 +288,7 @@ class Chat(Source):
     def describe(self) -> dict:
         return {
             "kind": "chat", **self.records.describe(), "train_on": self.train_on,
-            "template": self.template.source or "gemma3",
+            "template": template_name(self.template.tokenizer),
         }  # fmt: skip
 
     def progress(self) -> float | None:
@@ -307,6 +307,11 @@ class Chat(Source):
     def encode(self, documents: list, tokenizer: Any) -> tuple[list[list[int]], list[list[bool]] | None]:
         ids, masks = zip(*self.template.encode(documents), strict=True)
         return list(ids), list(masks) if self.train_on == "completions" else None
+
+
+def template_name(tokenizer: Tokenizer) -> str:
+    """Returns the text of the tokenizer's chat template, or "gemma3" for the built-in one."""
+    return tokenizer.chat_template or "gemma3"
 
 
 def chat_records(settings: DataSettings) -> Records:

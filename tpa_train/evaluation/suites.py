@@ -256,8 +256,9 @@ def greedy_samples(
     prompts: Sequence[str],
     max_tokens: int = 48,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    chat: bool = False,
 ) -> list[dict[str, str]]:
-    """Continues each prompt by both models, greedily and with their caches.
+    """Continues each prompt by both models, greedily and with their caches; with ``chat`` they answer it instead.
 
     Returns:
         one ``{"prompt", "teacher", "student"}`` a prompt, continuations without the prompt.
@@ -273,7 +274,8 @@ def greedy_samples(
             device = _device(model).type
             # What write() returns under autocast is what the cache should hold.
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            texts = [generate(model, [p], max_tokens, temperature=0.0, cache_dtype=dtype)[0] for p in prompts]
+            options = {"temperature": 0.0, "cache_dtype": dtype, "chat": chat}
+            texts = [generate(model, [p], max_tokens, **options)[0] for p in prompts]
         for sample, text in zip(samples, texts, strict=True):
             sample[key] = text
     return samples
