@@ -94,7 +94,7 @@ class Session:
     def teacher(self) -> Gemma3ForCausalLM:
         model = self.loaded
         if model is None:
-            model = load_pretrained(model_path(self.settings), dtype=self.machine.dtype)
+            model = load_pretrained(model_path(self.settings), self.machine.dtype, self.settings.model.adapter)
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")

@@ -20,6 +20,8 @@ class ModelSettings:
     name: str = "gemma3_270m"
     # a .gguf file, a Hugging Face folder or a gemma_pytorch .ckpt; null finds the packaged model
     path: str | None = None
+    # a LoRA adapter to merge into it: the folder that peft wrote
+    adapter: str | None = None
 
 
 @dataclass

@@ -382,7 +382,7 @@ def _default_folder(settings: RunSettings) -> Path:
 def _model_key(settings: RunSettings) -> tuple:
     """What must be equal for two jobs to share a loaded teacher."""
     machine = choose_machine(settings.trainer)
-    return str(model_path(settings)), machine.device, machine.dtype
+    return str(model_path(settings)), settings.model.adapter, machine.device, machine.dtype
 
 
 def _calibration_key(settings: RunSettings) -> tuple:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tpa_train.checkpoints.adapter import merge_adapter
 from tpa_train.checkpoints.gemma_pytorch import open_gemma_pytorch
 from tpa_train.checkpoints.gguf import open_gguf
 from tpa_train.checkpoints.huggingface import open_huggingface
@@ -49,20 +50,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
-def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype = torch.float32, adapter: str | Path | None = None
+) -> Gemma3ForCausalLM:
     """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode, on the CPU.
 
     Args:
         path: a ``.gguf`` or ``.ckpt`` file, or a Hugging Face folder.
         dtype: of the weights in memory, whatever the file stores.
+        adapter: folder of a LoRA adapter that is merged into the weights (``adapter.merge_adapter``).
 
     Returns:
         The model, with ``model.tokenizer`` (None if the checkpoint has no SentencePiece model) and ``model.source``.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, of another family, or its weights do not fit together.
+        UserError: the checkpoint is missing, damaged, of another family, or its weights do not fit together; or the
+            adapter is, or is one of another model.
     """
-    return build_model(open_checkpoint(path), dtype)
+    checkpoint = open_checkpoint(path)
+    return build_model(checkpoint if adapter is None else merge_adapter(checkpoint, adapter), dtype)
 
 
 def _in_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
     config.json         format version, architecture, one specification a layer, source of the weights
     model.safetensors   every parameter by its state-dict name (the head is tied to the embedding)
     tokenizer.model     SentencePiece model
+    chat_template.jinja of a tuned model, where its checkpoint had one
     README.md           model card
 """
 
@@ -28,6 +29,7 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA,
 from tpa_train.tpa.spec import FORMAT_VERSION, LayerSpec, specs_to_dicts
 
 FORMAT = "tpa_train"
+TEMPLATE = "chat_template.jinja"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = 1e-3  # float32 computation of the same numbers
 ROUNDING_KL = 1e-2  # nats a token that storing in bfloat16 may cost
@@ -68,18 +70,24 @@ def export_model(
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"'{name}' holds NaN or infinite values; the training diverged, nothing was exported.")
         tensors[name] = parameter.detach().to(device="cpu", dtype=target or parameter.dtype).contiguous()
+    adapter = getattr(student.source, "adapter", None)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": student.config.to_dict(),
         "layers": specs_to_dicts(student.specs),
-        "source": {"path": source_path, "description": getattr(student.source, "description", None)},
-    }
+        "source": {
+            "path": source_path, "description": getattr(student.source, "description", None),
+            "adapter": str(adapter.resolve()) if adapter is not None else None,
+        },
+    }  # fmt: skip
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         if student.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(student.tokenizer.model_proto)
+            if template := getattr(student.tokenizer, "chat_template", None):
+                (partial / TEMPLATE).write_text(template, encoding="utf-8")
         if card:
             (partial / "README.md").write_text(card)
         verify_export(student, partial, exact=dtype != "bfloat16", token_ids=check_ids)
@@ -222,5 +230,8 @@ def load_export(
     except SafetensorError as error:
         raise UserError(f"{weights} is damaged or truncated ({error}).") from error
     if (folder / "tokenizer.model").is_file():
-        model.tokenizer = Tokenizer.from_file(folder / "tokenizer.model")
+        template = folder / TEMPLATE
+        model.tokenizer = Tokenizer.from_file(
+            folder / "tokenizer.model", template.read_text(encoding="utf-8") if template.is_file() else None
+        )
     return model.to(device).eval()

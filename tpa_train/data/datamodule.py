@@ -71,6 +71,8 @@ class StageSampler(StatefulDistributedSampler):
 class PackedDataModule(lightning.LightningDataModule):
     """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
 
+    Batches of conversations also hold ``"loss_mask"`` bool [B, L], see `PackedDataset`.
+
     ``prepare_data`` packs (once per machine), ``setup`` opens. Both may also be called without a Trainer.
     """
 

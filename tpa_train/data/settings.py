@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("python_docs", "text", "hub")
+KINDS = ("python_docs", "text", "hub", "chat")
+TRAIN_ON = ("completions", "all")
 
 
 @dataclass
@@ -16,21 +17,24 @@ class DataSettings:
     """
 
     # python_docs: manuals, docstrings and sources of the running Python (no download); text: local files;
-    # hub: Hugging Face
+    # hub: Hugging Face; chat: conversations, from files or the hub, in the checkpoint's chat template
     kind: str = "python_docs"
     # text: a file, folder, glob or a list of them (.txt .md .jsonl .parquet, the first three also .gz or .xz),
-    # or data packed earlier: its folder, or the single .npz file of a compact export
+    # or data packed earlier: its folder, or the single .npz file of a compact export; chat: the same with .jsonl, .json
+    # or .parquet files
     path: Any = None
     # jsonl, parquet and hub: the field that holds a document's text
     text_key: str = "text"
     # text: plain .txt and .md files are cut into documents of about this many characters, at paragraph ends
     split_chars: int = 100_000
-    # hub: data set name, such as HuggingFaceFW/fineweb-edu
+    # hub and chat: data set name, such as HuggingFaceFW/fineweb-edu
     name: str | None = None
     # hub: configuration (subset) of the data set, where it has several
     subset: str | None = None
     # hub: split to stream
     split: str = "train"
+    # chat: what the loss counts, completions (the model's turns, their ends included) or all (every token)
+    train_on: str = "completions"
     # stop tokenising after this many tokens, held-out ones included; null packs everything
     max_tokens: int | None = 8_000_000
     # share of the documents kept from training, chosen by a hash of their text: the same ones in every run

@@ -50,6 +50,7 @@ class StageResult:
     evaluated_tokens: int = 0
     evaluation_seconds: float = 0.0
     head_dtype: str = "float32"
+    masked: bool = False  # only positions that the rows' loss masks count were scored: the model's turns
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +80,7 @@ class Evaluator:
     Args:
         teacher: the original model.
         rows: held-out rows ``{"token_ids": [L], "document_ids": [L]}``, or int tensor [rows, L] of single documents.
+            Rows with a ``"loss_mask"`` [L] are scored where it is True.
         copy_texts: C -> int [count, 1 + 2C]: BOS, a text, the same text again.
         batch_size: rows a forward pass (copy texts go one by one, they are long).
         head_dtype: of the vocabulary matmul's inputs (``metrics.score_tokens``). Scores are at least float32 unless
@@ -137,8 +139,8 @@ class Evaluator:
         quality = QualityMetric(self.context).to(_device(model))
         copying = {distance: AccuracyMetric().to(_device(model)) for distance in self.copy_texts}
         with _evaluating(models), torch.no_grad(), self._bar(name) as bar:
-            for first, token_ids, document_ids, real in self._batches():
-                self._score_rows(quality, student, first, token_ids, document_ids, real)
+            for first, token_ids, document_ids, loss_mask, real in self._batches():
+                self._score_rows(quality, student, first, token_ids, document_ids, loss_mask, real)
                 bar.update(token_ids.numel())
             for distance, texts in self.copy_texts.items():
                 for text, real in _shard([text[None] for text in texts]):
@@ -158,10 +160,18 @@ class Evaluator:
             evaluated_tokens=measured["tokens"],
             evaluation_seconds=time.perf_counter() - start,
             head_dtype=str(self.head_dtype).removeprefix("torch."),
+            masked=self._row(0)[2] is not None,
         )
 
     def _score_rows(
-        self, quality: QualityMetric, student: Any, first: int, token_ids: Tensor, document_ids: Tensor, real: bool
+        self,
+        quality: QualityMetric,
+        student: Any,
+        first: int,
+        token_ids: Tensor,
+        document_ids: Tensor,
+        loss_mask: Tensor | None,
+        real: bool,
     ) -> None:
         """Adds rows [B, L] to the metric; rows that are there to keep processes in step are run, not counted."""
         device = _device(self.teacher if student is None else student)
@@ -171,7 +181,7 @@ class Evaluator:
         student_hidden = teacher_hidden if student is None else self._run(student, token_ids, document_ids)
         if not real:
             return
-        scored, seen = next_token_mask(token_ids, document_ids)
+        scored, seen = next_token_mask(token_ids, document_ids, None if loss_mask is None else loss_mask.to(device))
         teacher_head = self.teacher.head_weight.to(device)
         comparisons = compare_tokens(
             teacher_hidden[:, :-1][scored],
@@ -212,19 +222,24 @@ class Evaluator:
         with self.autocast():
             return model.hidden_states(token_ids, document_ids)
 
-    def _row(self, index: int) -> tuple[Tensor, Tensor]:
-        """Returns token and document ids of one row, each [L]."""
+    def _row(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns token ids, document ids and, if it has one, the loss mask of one row, each [L]."""
         row = self.rows[index]
         if isinstance(row, Tensor):
-            return row, torch.zeros_like(row)
-        return row["token_ids"], row["document_ids"]
+            return row, torch.zeros_like(row), None
+        return row["token_ids"], row["document_ids"], row.get("loss_mask")
 
-    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
-        """Yields (number of the first row, token_ids [B, L], document_ids [B, L], count it) for this process."""
+    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None, bool]]:
+        """Yields (number of the first row, token_ids, document_ids, loss_mask, each [B, L], count it) for this process.
+
+        Either all rows have a loss mask or none has one, since they are cut from one stream.
+        """
         starts = range(0, len(self.rows), self.batch_size)
         for first, real in _shard(starts):
             batch = [self._row(i) for i in range(first, min(first + self.batch_size, len(self.rows)))]
-            yield first, torch.stack([b[0] for b in batch]), torch.stack([b[1] for b in batch]), real
+            ids, documents, masks = zip(*batch, strict=True)
+            mask = None if masks[0] is None else torch.stack(masks)
+            yield first, torch.stack(ids), torch.stack(documents), mask, real
 
     def _bar(self, name: str) -> tqdm:
         rank, world = _process()
@@ -241,8 +256,9 @@ def greedy_samples(
     prompts: Sequence[str],
     max_tokens: int = 48,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    chat: bool = False,
 ) -> list[dict[str, str]]:
-    """Continues each prompt by both models, greedily and with their caches.
+    """Continues each prompt by both models, greedily and with their caches; with ``chat`` they answer it instead.
 
     Returns:
         one ``{"prompt", "teacher", "student"}`` a prompt, continuations without the prompt.
@@ -258,7 +274,8 @@ def greedy_samples(
             device = _device(model).type
             # What write() returns under autocast is what the cache should hold.
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            texts = [generate(model, [p], max_tokens, temperature=0.0, cache_dtype=dtype)[0] for p in prompts]
+            options = {"temperature": 0.0, "cache_dtype": dtype, "chat": chat}
+            texts = [generate(model, [p], max_tokens, **options)[0] for p in prompts]
         for sample, text in zip(samples, texts, strict=True):
             sample[key] = text
     return samples

@@ -27,6 +27,12 @@ class GenerateArgs:
         "of a packaged one (gemma3_270m)."},
     )  # fmt: skip
     prompt: str = field(metadata={"help": "text to continue; - reads it from standard input."})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
+    chat: str = field(
+        default="false",
+        metadata={"help": "put the prompt into the model's chat template and let it answer; auto: if its checkpoint "
+                  "came with a template.", "choices": ("false", "true", "auto")},
+    )  # fmt: skip
     max_tokens: int = field(default=128, metadata={"help": "write at most so many tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token every time."})
     top_k: int | None = field(default=None, metadata={"help": "sample from the so many likeliest tokens only."})
@@ -59,13 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _check(args)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == STDIN else args.prompt
-    model = open_model(args.model, args.dtype, args.device)
+    model = open_model(args.model, args.dtype, args.device, args.adapter)
     figures = stream(model, prompt, args, sys.stdout)
     print(describe(figures), file=sys.stderr)
 
 
-def open_model(path: str | Path, dtype: str | None = None, device: str | None = None) -> Gemma3ForCausalLM:
+def open_model(
+    path: str | Path, dtype: str | None = None, device: str | None = None, adapter: str | None = None
+) -> Gemma3ForCausalLM:
     """Loads an exported folder, the export of a run folder, an original checkpoint, or a packaged model by name.
+
+    ``adapter`` is merged into an original checkpoint.
 
     Raises:
         UserError: nothing of the kind is at ``path``, it is damaged, or the device cannot be used.
@@ -84,9 +94,11 @@ def open_model(path: str | Path, dtype: str | None = None, device: str | None = 
             )
         folder = folder / "export"
     if is_export(folder):
+        if adapter is not None:
+            raise UserError(f"adapter={adapter}: {folder} is an export; adapters are merged into originals only.")
         return load_export(folder, dtype=weights, device=where)
     original = find_default(str(path)) if is_packaged(str(path)) and not folder.exists() else folder
-    return load_pretrained(original, dtype=weights).to(where).eval()
+    return load_pretrained(original, weights, adapter).to(where).eval()
 
 
 def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextIO) -> dict[str, Any]:
@@ -100,10 +112,11 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
         UserError: the model has no tokenizer, or the text does not fit its context.
     """
     from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-    from tpa_train.tpa.generation import generate
+    from tpa_train.tpa.generation import encode_prompts, generate
 
     if model.tokenizer is None:
         raise UserError(f"model={args.model} has no tokenizer; put its tokenizer.model beside the weights.")
+    chat = args.chat == "true" or args.chat == "auto" and model.tokenizer.chat_template is not None
     decoder, times = StreamDecoder(model.tokenizer), []
 
     def show(tokens: list[int | None]) -> None:
@@ -114,11 +127,11 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
 
     start = time.perf_counter()
     generate(
-        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show,
+        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show, chat=chat,
     )  # fmt: skip
     out.write(decoder.flush() + "\n")
     out.flush()
-    prompt_tokens = len(model.tokenizer.encode(prompt))
+    prompt_tokens = len(encode_prompts(model, [prompt], chat)[0])
     with torch.device("meta"):
         dense = Gemma3ForMultimodalLMwithTPA(model.config)
     capacity, dtype = prompt_tokens + args.max_tokens, model.head_weight.dtype

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tpa_train.errors import UserError
+from tpa_train.gemma3.chat import ChatTemplate
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 
 PREFILL_CHUNK = 1024  # tokens a prefill step; bounds the mask and the scores of long prompts
@@ -86,6 +87,14 @@ def stop_ids(model: Gemma3ForCausalLM) -> set[int]:
     return {i for i in (tokenizer.eos_id, getattr(tokenizer, "end_of_turn_id", None)) if i is not None}
 
 
+def encode_prompts(model: Gemma3ForCausalLM, prompts: list[str], chat: bool = False) -> list[list[int]]:
+    """Returns the ids of each prompt, ``<bos>`` first; with ``chat`` as a user's turn that the model is to answer."""
+    if chat:
+        template = ChatTemplate(model.tokenizer)
+        return [template.encode_prompt(prompt) for prompt in prompts]
+    return [model.tokenizer.encode(prompt) for prompt in prompts]
+
+
 def generate(
     model: Gemma3ForCausalLM,
     prompts: list[str] | str,
@@ -96,6 +105,7 @@ def generate(
     seed: int | None = None,
     cache_dtype: torch.dtype | None = None,
     on_tokens: Callable[[list[int | None]], None] | None = None,
+    chat: bool = False,
 ) -> list[str]:
     """Continues each prompt until it ends or ``max_tokens`` are written.
 
@@ -108,6 +118,7 @@ def generate(
         seed: makes sampling repeatable.
         cache_dtype: of the cache; the weights' own when left out.
         on_tokens: called each step with one new token id a prompt, None for prompts that have ended.
+        chat: put each prompt into the model's chat template, as a user's turn to be answered.
 
     Returns:
         The continuations, without the prompts.
@@ -124,7 +135,7 @@ def generate(
     ends = stop_ids(model)
     written: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    encoded = [model.tokenizer.encode(p) for p in prompts]
+    encoded = encode_prompts(model, prompts, chat)
     steps = stream_ids(
         model, encoded, max_tokens, cache_dtype,
         temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
