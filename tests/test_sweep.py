@@ -251,7 +251,7 @@ def test_the_next_job_gets_a_teacher_that_is_not_compiled():
     compiled = model(ids)
     assert graphs
     graphs.clear()
-    sweep._forget_compiled(model)
+    sweep.forget_compiled(model)
     assert model(ids).equal(compiled) and not graphs
 
 

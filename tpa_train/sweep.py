@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from tpa_train.errors import UserError
@@ -32,7 +31,7 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.interrupts import Interrupted, InterruptHandler
 from tpa_train.launch import Run, make_evaluator, say
 from tpa_train.peers import frontier_peers
-from tpa_train.pipeline import Measured, Session, check_against_model, model_path
+from tpa_train.pipeline import Measured, Session, check_against_model, forget_compiled, model_path
 from tpa_train.recipes import compose, load_settings
 from tpa_train.runs import default_folder
 from tpa_train.settings import RunSettings
@@ -279,7 +278,7 @@ class Sweep:
         if run.session.measured is not None:
             self._measured = (_calibration_key(run.settings), run.session.measured)
         if run.settings.trainer.compile:
-            _forget_compiled(run.session.teacher)
+            forget_compiled(run.session.teacher)
         del run
         gc.collect()  # Lightning's modules and trainers hold each other, and the job's optimizer with them
 
@@ -395,13 +394,6 @@ def _calibration_key(settings: RunSettings) -> tuple:
         *_model_key(settings), repr(settings.data), repr(settings.recipe.calibration), settings.seed, trainer.context,
         trainer.batch_size,
     )  # fmt: skip
-
-
-def _forget_compiled(teacher: Gemma3ForCausalLM) -> None:
-    """Makes the next job's teacher the plain modules that a single run begins with: calibration hooks into them."""
-    for layer in teacher.layers:
-        layer._compiled_call_impl = None  # nn.Module.compile has no public opposite
-    torch.compiler.reset()  # graphs of the job's student, which count towards a limit
 
 
 @contextmanager
