@@ -460,17 +460,6 @@ def compile_layers(teacher: Gemma3ForCausalLM, module: RecoveryModule) -> None:
             layer.compile(dynamic=False)
 
 
-def forget_compiled(*models: Gemma3ForCausalLM) -> None:
-    """Makes compiled layers the plain modules that they were: calibration hooks into them, evaluation has many shapes.
-
-    The graphs go too: they count towards a limit.
-    """
-    for model in models:
-        for layer in model.layers:
-            layer._compiled_call_impl = None  # nn.Module.compile has no public opposite
-    torch.compiler.reset()
-
-
 def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:
     """Puts what a finished stage trained back into ``student``.
 

@@ -31,13 +31,13 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.interrupts import Interrupted, InterruptHandler
 from tpa_train.launch import Run, make_evaluator, say
 from tpa_train.peers import frontier_peers
-from tpa_train.pipeline import Measured, Session, check_against_model, forget_compiled, model_path
+from tpa_train.pipeline import Measured, Session, check_against_model, model_path
 from tpa_train.recipes import compose, load_settings
 from tpa_train.runs import default_folder
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
-from tpa_train.trainers import choose_machine
+from tpa_train.trainers import choose_machine, forget_compiled
 
 # (session of the first job, the jobs' budgets) -> (name, mix, model or all-dense specifications) of each peer
 Peers = Callable[[Session, list[Budget]], Iterable[tuple[str, str, Gemma3ForMultimodalLMwithTPA | list[LayerSpec]]]]

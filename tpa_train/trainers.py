@@ -198,3 +198,14 @@ def seeded(seed: int):
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         L.seed_everything(seed, verbose=False)
         yield
+
+
+def forget_compiled(*models: torch.nn.Module) -> None:
+    """Makes compiled layers the plain modules that they were: calibration hooks into them, evaluation has many shapes.
+
+    The graphs go too: they count towards a limit.
+    """
+    for model in models:
+        for layer in model.layers:
+            layer._compiled_call_impl = None  # nn.Module.compile has no public opposite
+    torch.compiler.reset()

@@ -23,6 +23,7 @@ PROGRAM = "python scripts/benchmark.py"
 BENCHMARKS = {
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",
+    "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }
 

@@ -23,23 +23,14 @@ from typing import Any
 from tpa_train.benchmarks.journal import Allowance, Journal, free_memory
 from tpa_train.benchmarks.measuring import MeasuredSettings, Measurements, check_sizes
 from tpa_train.benchmarks.quality_plots import write_plots
-from tpa_train.benchmarks.students import Start, compose_settings, measure_all, open_session
+from tpa_train.benchmarks.students import Start, compose_settings, measure_all, open_session, solve
 from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.multiple_choice import Question, read_questions
 from tpa_train.evaluation.report import table
 from tpa_train.evaluation.suites import cache_report
 from tpa_train.launch import say
 from tpa_train.peers import dense_peers
-from tpa_train.pipeline import (
-    Measured,
-    Session,
-    StageCost,
-    check_against_model,
-    choose_specs,
-    convert,
-    measure,
-    timed,
-)
+from tpa_train.pipeline import Measured, StageCost, check_against_model, timed
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
@@ -204,7 +195,7 @@ class _Bench:
             self.measured,
         )  # fmt: skip
         if self._solved is None or self._solved[0] != budget:
-            start, seconds, _ = timed(session.machine, lambda: _solve(session))
+            start, seconds, _ = timed(session.machine, lambda: solve(session))
             self._solved = budget, start, {"conversion_seconds": seconds}
         _, start, costs = self._solved
         costs = costs | {
@@ -241,13 +232,6 @@ class _Bench:
             f"perplexity ×{row['valid8k_ppl_ratio']:.4f}  {row['minutes']:.1f} min, "
             f"measured in {row['evaluation_seconds']:.0f} s"
         )
-
-
-def _solve(session: Session) -> Start:
-    """Spends the session's budget and converts, on what has been measured for all budgets."""
-    measured = measure(session, {}, {})
-    specs, _ = choose_specs(session, measured)
-    return Start.of(convert(session, measured, specs))
 
 
 # -------------------------------------------------------------------------------------------------------------- results

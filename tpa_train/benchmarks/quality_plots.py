@@ -6,10 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpa_train.evaluation.plots import plot_frontier, plot_positions
-from tpa_train.evaluation.suites import StageResult
+from matplotlib.ticker import NullLocator
 
-SHOWN = 6  # curves of perplexity by position that can still be told apart
+from tpa_train.evaluation.plots import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RED,
+    SKY,
+    STYLE,
+    _plain_log_axis,
+    _save,
+    plot_frontier,
+    plt,
+)
+
+COLORS = (BLUE, SKY, GREEN, ORANGE, RED, "#CC79A7")  # one a curve; more could not be told apart
 
 
 def write_plots(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -27,9 +39,9 @@ def write_plots(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
         caption = f"{first['valid_tokens']:,} held-out tokens in rows of {first['valid_context']:,}"
         picture = path.with_suffix(".png")
         written.append(plot_frontier(picture, points, first["dense_bytes"], first["cache_context"], caption))
-    stages = position_curves(rows)
-    if stages:
-        written.append(plot_positions(path.with_name(f"{path.stem}-positions.png"), stages))
+    curves = position_curves(rows)
+    if curves:
+        written.append(plot_position_ratios(path.with_name(f"{path.stem}-positions.png"), curves))
     return written
 
 
@@ -47,23 +59,49 @@ def frontier_points(students: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return points
 
 
-def position_curves(rows: Sequence[Mapping[str, Any]]) -> list[StageResult]:
-    """Returns the teacher's curve and those of at most ``SHOWN`` students: the longest trained one of each budget."""
+def position_curves(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the rows whose curves are drawn: of each budget the longest trained one, the toolkit's own first."""
     longest: dict[tuple, Mapping[str, Any]] = {}
     for row in rows:
-        if not row.get("perplexity_by_position"):
-            continue
         budget = (row["mix"], row["layers"], row["target_ratio"])
+        if row["mix"] == "teacher" or not row.get("perplexity_by_position"):
+            continue
         if budget not in longest or longest[budget]["tokens"] <= row["tokens"]:
             longest[budget] = row
-    students = [row for row in longest.values() if row["mix"] != "teacher"]
-    # The toolkit's own first; of dense caches only those as small.
-    students.sort(key=lambda row: (row["mix"].startswith("dense"), row["mix"] != "rank+bits", row["cache_ratio"]))
-    curves = [row for row in longest.values() if row["mix"] == "teacher"] + students[:SHOWN]
-    return [StageResult(_label(row), by_position=row["perplexity_by_position"]) for row in curves]
+    order = sorted(longest.values(), key=lambda r: (r["mix"].startswith("dense"), r["mix"], r["cache_ratio"]))
+    # rank+bits before rank: the order of the alphabet is the other one.
+    return sorted(order, key=lambda r: r["mix"] != "rank+bits")[: len(COLORS)]
+
+
+def plot_position_ratios(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Perplexity of the teacher by context available, and below it each student's as a multiple of it.
+
+    Args:
+        path: PNG to write.
+        rows: of students measured on the same text (``position_curves``).
+    """
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(
+            2, 1, figsize=(6.4, 4.6), layout="constrained", sharex=True, height_ratios=(2, 3)
+        )
+        bins = rows[0]["perplexity_by_position"]
+        edges, teacher = [b["to"] for b in bins], [b["teacher_perplexity"] for b in bins]
+        above.plot(edges, teacher, color="black", linestyle="--", marker="o", ms=3, linewidth=1.4)
+        above.set_yscale("log")
+        _plain_log_axis(above.yaxis, teacher)
+        above.set_title("Perplexity of the teacher by context available")
+        for row, color in zip(rows, COLORS, strict=False):
+            values = [b["perplexity"] / b["teacher_perplexity"] for b in row["perplexity_by_position"]]
+            below.plot(edges, values, color=color, marker="o", ms=3, linewidth=1.6, label=_label(row))
+        below.axhline(1.0, color="black", linestyle="--", linewidth=1.0)
+        below.set_title("Perplexity of the students, as a multiple of it")
+        below.set_xscale("log", base=2)
+        below.set_xticks(edges, [f"{edge:,}" for edge in edges], rotation=45, fontsize=8)
+        below.xaxis.set_minor_locator(NullLocator())
+        below.set_xlabel("tokens of context (upper edge of the bin)")
+        below.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _save(figure, path)
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    if row["mix"] == "teacher":
-        return "teacher"
     return f"{row['mix']}{', ' + row['layers'] if row['layers'] else ''} ÷{row['cache_ratio']:.2f}"

@@ -14,7 +14,7 @@ from tpa_train.pipeline import (
     Measured,
     Session,
     StageCost,
-    forget_compiled,
+    factorize_model,
     load_trained,
     measure,
     model_path,
@@ -25,6 +25,7 @@ from tpa_train.recipes import compose
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
+from tpa_train.trainers import forget_compiled
 
 
 def compose_settings(settings: MeasuredSettings, *options: str) -> RunSettings:
@@ -61,6 +62,12 @@ def open_session(
 def measure_all(session: Session) -> Measured:
     """Calibrates every layer and measures what any budget of the session's forms asks for; once for all students."""
     return measure(session, {}, {}, replace(session.budget, bits=(16, 8)))
+
+
+def solve(session: Session) -> Start:
+    """Spends the session's budget and converts; what ``session.measured`` holds is not measured again."""
+    student, *_ = factorize_model(session)
+    return Start.of(student)
 
 
 @dataclass
