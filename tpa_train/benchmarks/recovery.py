@@ -28,7 +28,7 @@ from tpa_train.pipeline import StageCost, check_against_model
 from tpa_train.settings import RunSettings
 
 CELL = ("variant", "options")
-FREE = ("groups", "variants", "minutes")  # which variants, not how they are measured
+FREE = ("groups", "variants", "solved", "minutes")  # which variants, not how they are measured
 START = Variant("before recovery", "")
 
 
@@ -46,6 +46,9 @@ class RecoverySettings(MeasuredSettings):
     cache_ratio: float = field(default=4.0, metadata={"help": "of the budget that all start from"})
     layerwise_tokens: int = field(default=1_638_400, metadata={"help": "tokens of the base's layer-wise stage"})
     distill_tokens: int = field(default=3_276_800, metadata={"help": "tokens of the end-to-end stage"})
+    solved: str | None = field(
+        default=None, metadata={"help": "a .safetensors file that keeps the factorized student for a later start"}
+    )
     copy: list[int] = field(
         default_factory=lambda: [3500, 8000], metadata={"help": "distances of the copy test, in tokens"}
     )
@@ -122,8 +125,19 @@ class _Bench:
         self.session = open_session(_compose(settings, BASE), folder)
         check_against_model(self.session.settings, self.session.config)
         self.measurements = Measurements(self.session, settings)
-        self.start = solve(self.session)
+        self.start = self._solve()
         self._layerwise: dict[str, tuple[Start, StageCost]] = {}
+
+    def _solve(self) -> Start:
+        """Returns the factorized student that all variants start from; the same one in every start with ``solved``."""
+        if self.settings.solved is None:
+            return solve(self.session)
+        path, s = Path(self.settings.solved).expanduser(), self.session.settings
+        made_by = repr((s.model, s.data, s.budget, s.recipe.calibration, s.seed, s.trainer.context))
+        if not path.exists():
+            start = solve(self.session)
+            start.save(path, made_by)
+        return Start.load(path, made_by, self.session.machine.device)
 
     def measure(self, todo: Sequence[Variant], composed: Mapping[Variant, RunSettings]) -> None:
         """Measures the variants, one after another, until the allowance is spent."""

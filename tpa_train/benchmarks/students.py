@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tpa_train.benchmarks.measuring import MeasuredSettings
 from tpa_train.checkpoints import load_pretrained
+from tpa_train.errors import UserError
+from tpa_train.evaluation.atomic import replacing
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.pipeline import (
     Measured,
@@ -24,7 +30,7 @@ from tpa_train.pipeline import (
 from tpa_train.recipes import compose
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-from tpa_train.tpa.spec import LayerSpec
+from tpa_train.tpa.spec import LayerSpec, specs_to_dicts
 from tpa_train.trainers import forget_compiled
 
 
@@ -86,6 +92,35 @@ class Start:
     @classmethod
     def of(cls, student: Gemma3ForMultimodalLMwithTPA) -> Start:
         return cls(student.specs, student_factors(student), dict(student.output_metrics))
+
+    def save(self, path: Path, made_by: str) -> None:
+        """Writes the student as solved; ``made_by`` tells whether a later start may use it."""
+        tensors = {f"factor:{name}": tensor for name, tensor in self.factors.items()}
+        tensors |= {f"metric:{layer}": root for layer, root in self.metrics.items()}
+        about = {"specs": json.dumps(specs_to_dicts(self.specs)), "made_by": made_by}
+        with replacing(path) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, about)
+
+    @classmethod
+    def load(cls, path: Path, made_by: str, device: torch.device) -> Start:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            UserError: the file is damaged, or was solved with other settings.
+        """
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            specs = [LayerSpec(**spec) for spec in json.loads(about["specs"])]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"solved={path} is damaged ({error}); delete it to solve the budget again.") from error
+        if about.get("made_by") != made_by:
+            raise UserError(f"solved={path} was solved with other settings; name another file.")
+        parts = {kind: {} for kind in ("factor", "metric")}
+        for name, tensor in tensors.items():
+            kind, _, own = name.partition(":")
+            parts[kind][own] = tensor
+        return cls(specs, parts["factor"], {int(layer): root for layer, root in parts["metric"].items()})
 
     def student(self, teacher: Gemma3ForCausalLM) -> Gemma3ForMultimodalLMwithTPA:
         """Returns the student; whatever is neither factor nor trained is shared with the teacher."""
