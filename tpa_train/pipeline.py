@@ -166,6 +166,8 @@ def check_settings(settings: RunSettings) -> None:
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
+    if not 0 <= recipe.distill.ema < 1:
+        raise UserError(f"recipe.distill.ema={recipe.distill.ema:g} must be at least 0 (no average) and below 1.")
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -398,7 +400,7 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl,
+        initial_kl=initial_kl, ema=distill.ema,
     )  # fmt: skip
 
 
@@ -438,6 +440,7 @@ def recover(
 
         _, seconds, peak = timed(session.machine, work)
     module.to(session.machine.device)
+    module.finish()
     student.requires_grad_(False)
     tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
     return module, StageCost(tokens * trainer.world_size, seconds, peak)

@@ -83,6 +83,11 @@ def _betas(base: RunSettings) -> list[Variant]:
     return [Variant(f"betas {a:g}, {b:g}", "betas", (f"recipe.distill.betas=[{a:g},{b:g}]",)) for a, b in others]
 
 
+def _average(base: RunSettings) -> list[Variant]:
+    others = [decay for decay in (0.9, 0.97, 0.99) if decay != base.recipe.distill.ema]
+    return [Variant(f"ema {decay:g}", "average", (f"recipe.distill.ema={decay:g}",)) for decay in others]
+
+
 def _seeds(base: RunSettings) -> list[Variant]:
     """Other orders of the data: how far apart two runs of the same recipe are."""
     return [
@@ -94,7 +99,7 @@ def _seeds(base: RunSettings) -> list[Variant]:
 GROUPS = {
     "seeds": _seeds, "stages": _stages, "lr_factors": _lr_factors, "lr_layerwise": _lr_layerwise,
     "lr_original": _lr_original, "scope": _scope, "context": _context, "hidden": _hidden, "schedule": _schedule,
-    "betas": _betas,
+    "betas": _betas, "average": _average,
 }  # fmt: skip
 
 
