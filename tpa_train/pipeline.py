@@ -115,6 +115,7 @@ class Session:
             trainer.context,
             trainer.batch_size,
             stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
+            window=self.config.sliding_window,
         )
         module.prepare_data()
         module.setup()

@@ -88,6 +88,17 @@ def _average(base: RunSettings) -> list[Variant]:
     return [Variant(f"ema {decay:g}", "average", (f"recipe.distill.ema={decay:g}",)) for decay in others]
 
 
+def _copies(base: RunSettings) -> list[Variant]:
+    """Shares of the rows in which a part of the text comes again, beyond the window."""
+    others = [share for share in (0.1, 0.3, 1.0) if share != base.data.copy_share]
+    return [Variant(f"copy_share {share:g}", "copies", (f"data.copy_share={share:g}",)) for share in others]
+
+
+def _divergence(base: RunSettings) -> list[Variant]:
+    options = ("divergence=reverse_kl", "divergence=jsd", "temperature=2", "ce_weight=0.1")
+    return [Variant(option.replace("=", " "), "divergence", (f"recipe.distill.{option}",)) for option in options]
+
+
 def _seeds(base: RunSettings) -> list[Variant]:
     """Other orders of the data: how far apart two runs of the same recipe are."""
     return [
@@ -99,7 +110,7 @@ def _seeds(base: RunSettings) -> list[Variant]:
 GROUPS = {
     "seeds": _seeds, "stages": _stages, "lr_factors": _lr_factors, "lr_layerwise": _lr_layerwise,
     "lr_original": _lr_original, "scope": _scope, "context": _context, "hidden": _hidden, "schedule": _schedule,
-    "betas": _betas, "average": _average,
+    "betas": _betas, "average": _average, "copies": _copies, "divergence": _divergence,
 }  # fmt: skip
 
 
