@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_runs import send_signal_at
 
 from tpa_train.distillation.averaging import WeightAverage
@@ -56,20 +57,18 @@ def test_the_student_ends_with_the_average_and_resumes_exactly(tiny, tmp_path, m
     expected = WeightAverage(0.7)
     for weights in seen:
         expected.update(weights)
-    from safetensors.torch import load_file
-
     found = load_file(tmp_path / "whole" / "state" / "distilled.safetensors")
     assert found.keys() == expected.tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.tensors.items())
     assert any(not torch.equal(found[name], seen[-1][name]) for name in found)
-    for step in (1, 3):  # inside, and after the last step
-        run = tmp_path / f"stopped at {step}"
+    run = tmp_path / "stopped"
+    for step, told in ((1, options), (3, ["resume=true"])):  # inside, and after the last step
         with monkeypatch.context() as patch:
             send_signal_at(patch, "distilled", step)
-            assert main([*options, f"run_dir={run}"]) == 143
-        assert main([f"run_dir={run}", "resume=true"]) == 0
-        again = load_file(run / "state" / "distilled.safetensors")
-        assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
+            assert main([*told, f"run_dir={run}"]) == 143
+    assert main([f"run_dir={run}", "resume=true"]) == 0
+    again = load_file(run / "state" / "distilled.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

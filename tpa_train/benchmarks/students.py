@@ -138,7 +138,9 @@ class Start:
         student = self.student(session.teacher)
         if session.steps(stage) == 0:
             return self, student, StageCost(0, 0.0, 0.0)
-        module, cost = recover(session, student, stage)
-        if session.settings.trainer.compile:
-            forget_compiled(session.teacher, student)
+        try:
+            module, cost = recover(session, student, stage)
+        finally:
+            if session.settings.trainer.compile:
+                forget_compiled(session.teacher, student)
         return replace(self, trained=self.trained | module.trained_tensors()), student, cost
