@@ -117,6 +117,7 @@ class Session:
             trainer.context,
             trainer.batch_size,
             stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
+            window=self.config.sliding_window,
         )
         module.prepare_data()
         module.setup()
@@ -168,6 +169,8 @@ def check_settings(settings: RunSettings) -> None:
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
+    if not 0 <= recipe.distill.ema < 1:
+        raise UserError(f"recipe.distill.ema={recipe.distill.ema:g} must be at least 0 (no average) and below 1.")
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -400,7 +403,8 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl, checkpoint_activations=session.settings.trainer.checkpoint_activations,
+        initial_kl=initial_kl, ema=distill.ema,
+        checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 
 
@@ -439,6 +443,7 @@ def recover(
 
         _, seconds, peak = timed(session.machine, work)
     module.to(session.machine.device)
+    module.finish()
     student.requires_grad_(False)
     tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
     return module, StageCost(tokens * trainer.world_size, seconds, peak)

@@ -81,6 +81,8 @@ class DistillSettings(OptimizerSettings):
     hidden_until: float = 0.5
     # the output loss is taken at every so-many-th position; 1 uses all
     kl_every: int = 1
+    # the student ends with an average of its weights over the steps, with this decay a step; 0: with the last step's
+    ema: float = 0.0
 
 
 @dataclass

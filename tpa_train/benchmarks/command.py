@@ -8,9 +8,11 @@ import importlib
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
+from tpa_train.benchmarks.journal import Journal
 from tpa_train.benchmarks.record import check_out, make_record, table_of, write_record
 from tpa_train.cli import HELP, choose_device, parse
 from tpa_train.errors import UserError, nearest
@@ -19,6 +21,8 @@ PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "quality": "tpa_train.benchmarks.quality:QualitySettings",
+    "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
     "train": "tpa_train.benchmarks.train:TrainBenchmark",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }
@@ -41,10 +45,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     check_out(options.out)
     device = choose_device(getattr(settings, "device", None))
-    rows = module.run(settings)
+
+    def record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return make_record(f"{PROGRAM} {shlex.join(argv)}", settings, rows, device)
+
+    if hasattr(module, "CELL"):
+        rows = module.run(settings, Journal(options.out, record, module.CELL, module.FREE))
+    else:
+        rows = module.run(settings)
     print(getattr(module, "render", table_of)(rows))
     if options.out is not None:
-        write_record(options.out, make_record(f"{PROGRAM} {shlex.join(argv)}", settings, rows, device))
+        write_record(options.out, record(rows))
         print(f"\nwritten to {options.out}")
 
 

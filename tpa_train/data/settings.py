@@ -45,6 +45,8 @@ class DataSettings:
     cache_dir: str | None = None
     # true: attention crosses document boundaries inside a row, as if the data were one long text
     join_documents: bool = False
+    # share of the training rows in which a part of the text comes again, further back than a sliding window sees
+    copy_share: float = 0.0
     # orders the Python documents, deals rows to the stages and shuffles them
     seed: int = 0
     # loader processes; 0 reads in the training process (rows are memory-mapped: workers seldom pay)

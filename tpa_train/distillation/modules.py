@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tpa_train.distillation.averaging import WeightAverage
 from tpa_train.distillation.losses import linear_kl, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
@@ -143,6 +144,9 @@ class RecoveryModule(L.LightningModule):
                 + "; start a new run folder or restore the options that it was made with."
             )
         self._tokens = checkpoint["recovery"]["tokens"]
+
+    def finish(self) -> None:
+        """Called after training; what the student ends with is set here once all steps are done."""
 
     def learning_rates(self) -> dict[str, float]:
         """Returns the peak learning rate of every parameter that learns; a factor's is relative to its size."""
@@ -277,6 +281,7 @@ class EndToEndModule(RecoveryModule):
             own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
             2K tokens at full rates took a student from .006 to .038.
         checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
+        ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
     """
 
     stage, passes = "distilled", ("teacher_pass", "student_pass")
@@ -292,9 +297,11 @@ class EndToEndModule(RecoveryModule):
         hidden_until: float = 0.5,
         kl_every: int = 1,
         initial_kl: float = FULL_RATE_KL,
+        ema: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
+        self.average = WeightAverage(ema) if ema > 0 else None
         self.initial_kl, self.checkpoint_activations = initial_kl, checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
@@ -302,6 +309,25 @@ class EndToEndModule(RecoveryModule):
     def learning_rates(self) -> dict[str, float]:
         share = min(1.0, max(self.initial_kl, 0.0) / FULL_RATE_KL) ** 0.5
         return {name: rate * share for name, rate in super().learning_rates().items()}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update(self.trained_tensors())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.average is not None:
+            checkpoint["recovery"]["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["recovery"]["average"])
+
+    def finish(self) -> None:
+        if self.average is not None and self.global_step >= self.total_steps:
+            self.average.copy_to(self.trained_tensors())
 
     def _decayed_weight(self) -> float:
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
