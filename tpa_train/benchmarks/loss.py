@@ -11,6 +11,7 @@ under autocast does; ``liger`` is Liger-Kernel's FusedLinearJSD, where that pack
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 import time
@@ -103,8 +104,9 @@ def inputs(settings: LossSettings, dtype: str, case: str, device: torch.device) 
 
 
 def measure(
-    settings: LossSettings, divergence: Divergence, dtype: str, case: str, student: Tensor, teacher: Tensor, head: Tensor
-) -> Iterator[dict[str, Any]]:
+    settings: LossSettings, divergence: Divergence, dtype: str, case: str,
+    student: Tensor, teacher: Tensor, head: Tensor,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Yields a row for each implementation that can compute this."""
     tokens, checked = student.shape[0], min(settings.checked, student.shape[0])
     first = student[:checked], teacher[:checked], head
@@ -126,7 +128,8 @@ def measure(
     for name, function in implementations.items():
         row = {"name": name, "divergence": divergence.kind, "dtype": dtype, "case": case, "tokens": tokens}
         try:
-            (loss, gradient), milliseconds, peak = timed(lambda f=function: f(student, teacher, head), settings.repeats, head.device)
+            work = functools.partial(function, student, teacher, head)
+            (loss, gradient), milliseconds, peak = timed(work, settings.repeats, head.device)
         except torch.OutOfMemoryError:
             yield row | {"note": "out of memory"}
             continue
@@ -183,7 +186,8 @@ def dense_loss(divergence: Divergence, wide: torch.dtype | None, tokens: int) ->
 def liger_loss(divergence: Divergence) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    fused = LigerFusedLinearJSD(jsd_beta={"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": divergence.beta}[divergence.kind])
+    betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": divergence.beta}
+    fused = LigerFusedLinearJSD(jsd_beta=betas[divergence.kind])
 
     def loss(student: Tensor, teacher: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         student = student.detach().requires_grad_()

@@ -9,9 +9,9 @@ With p_T = softmax(z_T / T), p_S = softmax(z_S / T) and M = β p_T + (1 − β) 
 times T², which keeps the gradient's size (Hinton et al. 2015, §2.1); with ``ce_weight`` w it becomes
 (1 − w)·T²·divergence + w·cross-entropy at temperature 1.
 
-Everything is written in x = z_T / T and y = (z_S − z_T) / T. Where student and teacher nearly agree, y is small and known
-to full relative precision, and Δ = logsumexp(x + y) − logsumexp(x) = log(1 + Σ p_T (e^y − 1)) keeps that precision;
-log p_S − log p_T = y − Δ. Equal models have y = 0, hence a loss and a gradient of exactly zero.
+Everything is written in x = z_T / T and y = (z_S − z_T) / T. Where student and teacher nearly agree, y is small and
+known to full relative precision; Δ = logsumexp(x + y) − logsumexp(x) = log(1 + Σ p_T (e^y − 1)) keeps that precision,
+and log p_S − log p_T = y − Δ. Equal models have y = 0, hence a loss and a gradient of exactly zero.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Divergence:
             raise UserError(f"divergence={self.kind} is unknown{nearest(self.kind, KINDS)}")
         if not 0 < self.beta < 1:
             raise UserError(
-                f"jsd_beta={self.beta} must lie between 0 and 1; at the ends, divergence=forward_kl or reverse_kl is meant."
+                f"jsd_beta={self.beta} must lie between 0 and 1; divergence=forward_kl and reverse_kl are its ends."
             )
         if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be a positive number; 1 leaves the logits as they are.")
+            raise UserError(f"temperature={self.temperature} must be a positive number; 1 leaves logits as they are.")
         if not 0 <= self.ce_weight <= 1:
             raise UserError(f"ce_weight={self.ce_weight} must lie between 0 (no cross-entropy) and 1 (nothing else).")
 
@@ -77,10 +77,6 @@ class Divergence:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b).unsqueeze(-1)
-
-
-def _by_size(ratio: Tensor, small: Tensor, large: Tensor) -> Tensor:
-    return torch.where(ratio.abs() < 1, small, large)
 
 
 def divergence_and_gradient(
@@ -95,19 +91,22 @@ def divergence_and_gradient(
         labels: of the cross-entropy, int [N]; negative ones have none.
     """
     t, beta, ce_weight = divergence.temperature, divergence.beta, divergence.ce_weight
-    log_p = x - x.logsumexp(-1, keepdim=True)
-    p_teacher = log_p.exp()
+    log_teacher = x.log_softmax(-1)
+    p_teacher = log_teacher.exp()
     change = _dot(p_teacher, y.expm1())
-    delta = change.log1p()
-    if not bool((change.abs() < NEAR).all()):
-        delta = torch.where(change.abs() < NEAR, delta, (log_p + y).logsumexp(-1, keepdim=True))
-    ratio = y - delta  # log p_S − log p_T
-    p_student = None if divergence.kind == "forward_kl" and not with_gradient else (log_p + ratio).exp()
+    ratio = y - change.log1p()  # log p_S − log p_T
+    log_student = log_teacher + ratio
+    near = change.abs() < NEAR  # false for NaN
+    if not bool(near.all()):
+        direct = (x + y).log_softmax(-1)
+        ratio = torch.where(near, ratio, direct - log_teacher)
+        log_student = torch.where(near, log_student, direct)
+    p_student = log_student.exp() if with_gradient or divergence.kind != "forward_kl" else None
     gradient = None
     if divergence.kind == "forward_kl":
-        loss = delta - _dot(p_teacher, y)
+        loss = -_dot(p_teacher, ratio)
         if with_gradient:
-            gradient = _by_size(ratio, p_teacher * ratio.expm1(), p_student - p_teacher)
+            gradient = torch.where(ratio.abs() < 1, p_teacher * ratio.expm1(), p_student - p_teacher)
     elif divergence.kind == "reverse_kl":
         loss = _dot(p_student, ratio)
         if with_gradient:
@@ -124,11 +123,12 @@ def divergence_and_gradient(
     if ce_weight == 0:
         return loss, gradient
     # At temperature 1, whatever the divergence's is.
-    log_student = ((x + y) * t).log_softmax(-1)
+    log_hard = ((x + y) * t).log_softmax(-1)
     labelled, at = labels >= 0, labels.clamp(min=0)[:, None]
-    hard = torch.where(labelled, -log_student.gather(-1, at).squeeze(-1), 0.0)
+    hard = torch.where(labelled, -log_hard.gather(-1, at).squeeze(-1), 0.0)
     loss = (1 - ce_weight) * loss + ce_weight * hard
     if with_gradient:
-        one_hot = torch.zeros_like(log_student).scatter_(-1, at, 1.0)
-        gradient = (1 - ce_weight) * gradient + ce_weight * labelled[:, None] * (log_student.exp() - one_hot)
+        one_hot = torch.zeros_like(log_hard).scatter_(-1, at, 1.0)
+        hard = torch.where(labelled[:, None], log_hard.exp() - one_hot, 0.0)
+        gradient = (1 - ce_weight) * gradient + ce_weight * hard
     return loss, gradient

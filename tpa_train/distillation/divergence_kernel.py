@@ -10,8 +10,8 @@ A chunk of N tokens goes through four launches, and its logits never reach memor
 
 Why it is accurate where student and teacher nearly agree: y comes from the small difference of the hidden states, not
 from a difference of large logits, and probabilities differ by p_T·(e^(y − Δ) − 1) with Δ = log Σ p_T e^y. The 16-bit
-numbers are fixed-point with a scale for each row of a tile: at most max|y|/65534 off in y, and (max x − min x)/131070 in
-x, where half precision floats would be 2⁻¹¹ of the number off.
+numbers are fixed-point with a scale for each row of a tile: at most max|y|/65534 off in y, and (max x − min x)/131070
+in x, where half precision floats would be 2⁻¹¹ of the number off.
 
 Shapes: N tokens of the chunk, V vocabulary, D hidden size, B = ⌈V/BN⌉ tiles of a row. ``stats`` is float32 [B, S, N].
 """
@@ -27,11 +27,12 @@ from torch import Tensor
 
 from tpa_train.distillation.divergence import Divergence
 
+ROUND = tl.constexpr(1.5 * 2**23)
 FORWARD, REVERSE, JSD = 0, 1, 2  # values of KIND
 KINDS = {"forward_kl": FORWARD, "reverse_kl": REVERSE, "jsd": JSD}
 # Rows of ``stats``: of the teacher's x and the student's x + y the maximum and Σ e^(· − maximum), then
 MAX_T, SUM_T, MAX_S, SUM_S = 0, 1, 2, 3
-CHANGE = 4  # Σ e^(x − MAX_T) (e^y − 1)
+CHANGE = 4  # of float32 logits: Σ e^(x − MAX_T) (e^y − 1)
 MOMENT = 5  # Σ y under the teacher's weights (forward) or the student's (reverse)
 STEP_T, STEP_Y = 6, 7  # of the 16-bit numbers
 SUM_1, LABEL = 8, 9  # with cross-entropy: Σ e^(T·(x + y − MAX_S)), and T·(x + y) at the label
@@ -56,24 +57,23 @@ def _log1p(x):
 
 @triton.jit
 def _leave_statistics(
-    x, y, cols, rows, valid, labels, stats, block, n, temperature,
-    KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr,
+    x, y, max_t, cols, rows, valid, labels, stats, block, n, temperature,
+    CODED: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Writes the statistics of a tile's rows; x, y [BM, BN], columns beyond V hold x = −1e30, y = 0."""
     base = stats + block.to(tl.int64) * S * n + rows
-    max_t = tl.max(x, 1)
     z = x + y
     max_s = tl.max(z, 1)
     e_t = tl.exp(x - max_t[:, None])
     e_s = tl.exp(z - max_s[:, None])
-    series = y * (1 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))))
-    # Infinite or NaN where the student's largest logit is far above the teacher's: _combine then does without.
-    change = tl.where(tl.abs(y) < 0.25, e_t * series, e_s * tl.exp(max_s - max_t)[:, None] - e_t)
     tl.store(base + 0 * n, max_t, mask=valid)
     tl.store(base + 1 * n, tl.sum(e_t, 1), mask=valid)
     tl.store(base + 2 * n, max_s, mask=valid)
     tl.store(base + 3 * n, tl.sum(e_s, 1), mask=valid)
-    tl.store(base + 4 * n, tl.sum(change, 1), mask=valid)
+    if not CODED:
+        # Infinite or NaN where the student's largest logit is far above the teacher's: _combine then does without.
+        near, far = e_t * _expm1(y), e_s * tl.exp(max_s - max_t)[:, None] - e_t
+        tl.store(base + 4 * n, tl.sum(tl.where(tl.abs(y) < 0.25, near, far), 1), mask=valid)
     if KIND == 0:
         tl.store(base + 5 * n, tl.sum(e_t * y, 1), mask=valid)
     if KIND == 1:
@@ -89,7 +89,7 @@ def _leave_statistics(
 def _encode_logits(
     h_t, h_s, e_t, e_s, scale_t, scale_s, codes_x, codes_y, labels, stats,
     n, vocab, temperature, hidden_size: tl.constexpr,
-    SHARED: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr,
+    SHARED: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of x and y: two products that share the head's tile.
@@ -121,26 +121,29 @@ def _encode_logits(
     y = y * tl.load(scale_s + rows, mask=valid, other=0.0)[:, None]
     if not SHARED:
         y = y - x
-    y = tl.where(inside[None, :], y, 0.0)
-    top = tl.max(tl.where(inside[None, :], x, float("-inf")), 1)
-    step_x = (top - tl.min(tl.where(inside[None, :], x, float("inf")), 1)) / 65535
-    step_y = tl.max(tl.abs(y), 1) / 32767
-    per_x = tl.where(step_x > 0, 1 / step_x, 0.0)
-    per_y = tl.where(step_y > 0, 1 / step_y, 0.0)
-    code_x = tl.floor((top[:, None] - x) * per_x[:, None] + 0.5)
-    code_y = tl.floor(y * per_y[:, None] + 0.5)
-    at = codes_x + rows.to(tl.int64)[:, None] * vocab + cols[None, :]
+    if EVEN:
+        top, bottom = tl.max(x, 1), tl.min(x, 1)
+    else:
+        y = tl.where(inside[None, :], y, 0.0)
+        top = tl.max(tl.where(inside[None, :], x, float("-inf")), 1)
+        bottom = tl.min(tl.where(inside[None, :], x, float("inf")), 1)
+    step_x, step_y = (top - bottom) / 65535, tl.max(tl.abs(y), 1) / 32767
+    # Adding ROUND leaves the nearest whole number in the low bits, as two's complement.
+    code_x = (top[:, None] - x) * tl.where(step_x > 0, 1 / step_x, 0.0)[:, None] + ROUND
+    code_y = y * tl.where(step_y > 0, 1 / step_y, 0.0)[:, None] + ROUND
+    at = rows.to(tl.int64)[:, None] * vocab + cols[None, :]
     keep = valid[:, None] & inside[None, :]
-    tl.store(at, (code_x - 32768).to(tl.int16), mask=keep)
-    at = codes_y + rows.to(tl.int64)[:, None] * vocab + cols[None, :]
-    tl.store(at, code_y.to(tl.int16), mask=keep)
+    tl.store(codes_x + at, code_x.to(tl.int32, bitcast=True).to(tl.int16), mask=keep)
+    tl.store(codes_y + at, code_y.to(tl.int32, bitcast=True).to(tl.int16), mask=keep)
     base = stats + block.to(tl.int64) * S * n + rows
     tl.store(base + 6 * n, step_x, mask=valid)
     tl.store(base + 7 * n, step_y, mask=valid)
     # From the numbers as they are kept, so that loss and gradient belong to the same distributions.
-    x = tl.where(inside[None, :], top[:, None] - code_x * step_x[:, None], -1e30)
-    y = code_y * step_y[:, None]
-    _leave_statistics(x, y, cols, rows, valid, labels, stats, block, n, temperature, KIND, HAS_CE, S)
+    x = top[:, None] - (code_x - ROUND) * step_x[:, None]
+    y = (code_y - ROUND) * step_y[:, None]
+    if not EVEN:
+        x = tl.where(inside[None, :], x, -1e30)
+    _leave_statistics(x, y, top, cols, rows, valid, labels, stats, block, n, temperature, True, KIND, HAS_CE, S)
 
 
 @triton.jit
@@ -157,13 +160,14 @@ def _read_statistics(
     at = rows.to(tl.int64)[:, None] * vocab + cols[None, :]
     x = tl.load(logits_x + at, mask=keep, other=-1e30)
     y = tl.load(logits_y + at, mask=keep, other=0.0)
-    _leave_statistics(x, y, cols, rows, valid, labels, stats, block, n, temperature, KIND, HAS_CE, S)
+    top = tl.max(x, 1)
+    _leave_statistics(x, y, top, cols, rows, valid, labels, stats, block, n, temperature, False, KIND, HAS_CE, S)
 
 
 @triton.jit
 def _combine(
     stats, labels, found, n, temperature, ce_weight, blocks: tl.constexpr,
-    KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr,
+    CODED: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps and losses of BM rows, over their tiles BB at a time; the loss of JSD comes later."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -190,7 +194,8 @@ def _combine(
         old_s, factor_s = tl.exp(max_s - new_s), tl.exp(tile_s - new_s[None, :])
         sum_t = sum_t * old_t + tl.sum(tl.load(at + 1 * n, mask=keep, other=0.0) * factor_t, 0)
         sum_s = sum_s * old_s + tl.sum(tl.load(at + 3 * n, mask=keep, other=0.0) * factor_s, 0)
-        change = change * old_t + tl.sum(tl.load(at + 4 * n, mask=keep, other=0.0) * factor_t, 0)
+        if not CODED:
+            change = change * old_t + tl.sum(tl.load(at + 4 * n, mask=keep, other=0.0) * factor_t, 0)
         if KIND == 0:
             moment = moment * old_t + tl.sum(tl.load(at + 5 * n, mask=keep, other=0.0) * factor_t, 0)
         if KIND == 1:
@@ -201,9 +206,11 @@ def _combine(
             at_label += tl.sum(tl.load(at + 9 * n, mask=keep, other=0.0), 0)
         max_t, max_s = new_t, new_s
     lse_t = max_t + tl.log(sum_t)
-    ratio = change / sum_t
-    near = tl.abs(ratio) < 0.5  # false for NaN
-    delta = tl.where(near, _log1p(tl.where(near, ratio, 0.0)), max_s + tl.log(sum_s) - lse_t)
+    delta = max_s - max_t + tl.log(sum_s / sum_t)
+    if not CODED:
+        ratio = change / sum_t
+        near = tl.abs(ratio) < 0.5  # false for NaN
+        delta = tl.where(near, _log1p(tl.where(near, ratio, 0.0)), delta)
     out = found + rows
     loss = tl.zeros((BM,), tl.float32)
     if KIND == 0:
@@ -233,7 +240,7 @@ def _load_tile(
         top = tl.load(base + 0 * n, mask=valid, other=0.0)
         step_x = tl.load(base + 6 * n, mask=valid, other=0.0)
         step_y = tl.load(base + 7 * n, mask=valid, other=0.0)
-        x = top[:, None] - (x.to(tl.float32) + 32768) * step_x[:, None]
+        x = top[:, None] - (x.to(tl.int32) & 65535).to(tl.float32) * step_x[:, None]
         y = y.to(tl.float32) * step_y[:, None]
     return x, y
 
@@ -327,10 +334,10 @@ def _gradient(
 
 
 HEAD_ROWS = 32_768  # of the head whose gradient is added at a time
-CHUNK_BYTES = 2 << 30  # of a chunk's logits
-TILE_M, TILE_N, TILE_K = 128, 128, 64  # of _encode_logits
-ENCODE_OPTIONS = {"num_warps": 8, "num_stages": 3}
-ROWS, TILES = 16, 64  # of _combine
+CHUNK_BYTES = 14 << 27  # of a chunk's logits
+TILE_M, TILE_N, TILE_K = 64, 128, 64  # of _encode_logits; two programs share a processor and overlap
+ENCODE_OPTIONS = {"num_warps": 4, "num_stages": 3}
+ROWS, TILES = 8, 128  # of _combine
 GRADIENT_ROWS = 16  # of _gradient; its columns are those of the statistics
 RANGE = {"forward_kl": 2.0**14, "reverse_kl": 2.0**9, "jsd": 2.0**13}  # of float16 gradients, for temperature 1
 
@@ -393,12 +400,12 @@ class TritonDivergence:
         x, y = self.logits[:, :n]
         found = hidden_t.new_empty(NUM_ROWS, n, dtype=torch.float32)
         labels = found if self.labels is None else self.labels[part]  # not read without labels
-        common = {"HAS_CE": d.ce_weight > 0, "S": self.num_stats}
+        common = {"KIND": kind, "HAS_CE": d.ce_weight > 0, "S": self.num_stats}
         if self.coded:
             _encode_logits[(triton.cdiv(n, TILE_M), self.tiles)](
                 hidden_t, hidden_s, self.head_t, self.head_s, self.scale_t[part], self.scale_s[part], x, y, labels,
-                self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared, KIND=kind, **common,
-                BM=TILE_M, BN=TILE_N, BK=TILE_K, **ENCODE_OPTIONS,
+                self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared, EVEN=vocab % TILE_N == 0,
+                BM=TILE_M, BN=TILE_N, BK=TILE_K, **common, **ENCODE_OPTIONS,
             )  # fmt: skip
         else:
             torch.mm(hidden_t, self.head_t.T, out=x).div_(d.temperature)
@@ -406,12 +413,13 @@ class TritonDivergence:
             if not self.shared:
                 y.sub_(x)
             _read_statistics[(triton.cdiv(n, GRADIENT_ROWS), self.tiles)](
-                x, y, labels, self.stats, n, vocab, d.temperature, KIND=kind, **common, BM=GRADIENT_ROWS, BN=TILE_N
+                x, y, labels, self.stats, n, vocab, d.temperature, **common, BM=GRADIENT_ROWS, BN=TILE_N
             )
         few = (triton.cdiv(n, ROWS),)
         _combine[few](
-            self.stats, labels, found, n, d.temperature, d.ce_weight, self.tiles, KIND=kind, **common, BM=ROWS, BB=TILES
-        )
+            self.stats, labels, found, n, d.temperature, d.ce_weight, self.tiles, CODED=self.coded, **common,
+            BM=ROWS, BB=TILES,
+        )  # fmt: skip
         tiles = (triton.cdiv(n, GRADIENT_ROWS), self.tiles)
         shape = {"CODED": self.coded, "BM": GRADIENT_ROWS, "BN": TILE_N}
         if kind == JSD:
@@ -424,7 +432,7 @@ class TritonDivergence:
         gradient = y.view(torch.float16) if self.coded else y
         _gradient[tiles](
             x, y, gradient, labels, self.stats, found, n, vocab, d.temperature, d.beta, d.ce_weight, self.range,
-            KIND=kind, **common, **shape,
+            **common, **shape,
         )  # fmt: skip
         return found[LOSS], gradient
 

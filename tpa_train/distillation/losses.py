@@ -1,8 +1,8 @@
 """Distillation losses that never hold [tokens, vocabulary] logits, and the normalised errors of the layer-wise stage.
 
 ``linear_divergence`` compares the next-token distributions of two output heads, a few tokens at a time
-(``divergence.py`` says what the divergences are). Its gradient is analytic: with g_t the gradient of token t's loss with
-respect to the student's logits (p_S − p_T for the forward KL at temperature 1) and c_t = w_t / Σw,
+(``divergence.py`` says what the divergences are). Its gradient is analytic: with g_t the gradient of token t's loss
+with respect to the student's logits (p_S − p_T for the forward KL at temperature 1) and c_t = w_t / Σw,
 
     dL/dh_t = c_t · g_t W,        dL/dW = Σ_t c_t · g_t h_Sᵀ,
 
@@ -47,7 +47,7 @@ class ChunkedDivergence(Protocol):
     def __call__(self, part: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Returns the losses [n] of the tokens ``part``, and the gradient of each with respect to its logits [n, V].
 
-        The gradient may be scaled and of any dtype, and is overwritten by the next call; only the methods below read it.
+        The gradient may be scaled, is overwritten by the next call, and is read by the methods below only.
         """
 
     def times_head(self, gradient: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tpa_train.distillation.capture import capture_attention
-from tpa_train.distillation.losses import linear_kl, normalised_error
+from tpa_train.distillation.divergence import Divergence
+from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.layers import accumulation_dtype
@@ -178,7 +179,7 @@ class RecoveryModule(L.LightningModule):
         return loss
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and what else to log, from ``token_ids`` and ``document_ids`` [B, L]."""
+        """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
         raise NotImplementedError
 
 
@@ -237,8 +238,25 @@ class LayerwiseModule(RecoveryModule):
         return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
 
 
+def next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Returns the token that follows each position in its own document, int [B, L]; -1 where there is none.
+
+    Args:
+        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+    """
+    labels = torch.full_like(batch["token_ids"], -1)
+    labels[:, :-1] = batch["token_ids"][:, 1:]
+    documents = batch.get("document_ids")
+    if documents is not None:
+        labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -1)
+    return labels
+
+
 class EndToEndModule(RecoveryModule):
     """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
+
+    A batch may carry ``loss_mask`` [B, L], float or bool: the weight of what is predicted at each position. It weights
+    the output loss only: hidden states matter wherever later positions attend to.
 
     Args (beyond ``RecoveryModule``'s):
         hidden_weight: of the mean normalised hidden-state error at the first step.
@@ -248,6 +266,7 @@ class EndToEndModule(RecoveryModule):
             ``FULL_RATE_KL`` or above, and fall with the root of its KL below: the noise of Adam's steps is a KL of its
             own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
             2K tokens at full rates took a student from .006 to .038.
+        divergence: in place of the KL, another comparison of the distributions; may include the text's next tokens.
     """
 
     stage = "distilled"
@@ -263,9 +282,10 @@ class EndToEndModule(RecoveryModule):
         hidden_until: float = 0.5,
         kl_every: int = 1,
         initial_kl: float = FULL_RATE_KL,
+        divergence: Divergence = Divergence(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
-        self.initial_kl = initial_kl
+        self.initial_kl, self.divergence = initial_kl, divergence
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
 
@@ -299,8 +319,14 @@ class EndToEndModule(RecoveryModule):
         with torch.no_grad():
             h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
         h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
-        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight)
-        metrics = {"kl": kl.detach()}
+        mask = batch.get("loss_mask")
+        output_loss, _ = linear_divergence(
+            h_student, h_teacher, self.student.head_weight, self.teacher.head_weight,
+            weights=None if mask is None else mask[:, pick].flatten(),
+            divergence=self.divergence,
+            labels=next_tokens(batch)[:, pick].flatten() if self.divergence.ce_weight > 0 else None,
+        )  # fmt: skip
+        metrics = {"kl" if self.divergence == Divergence() else "output_loss": output_loss.detach()}
         if weight > 0:
             metrics["hidden_error"] = hidden_error.detach()
-        return kl + weight * hidden_error, metrics
+        return output_loss + weight * hidden_error, metrics
