@@ -21,6 +21,7 @@ PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",
     "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
     "train": "tpa_train.benchmarks.train:TrainBenchmark",
