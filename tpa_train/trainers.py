@@ -191,7 +191,7 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*TreeSpec.*", ".*`isinstance.treespec.*",
                     ".*Experiment logs directory.*", ".*lr_scheduler.step.*", ".*set_training_mode.*",
-                    ".*set_vital.*", ".*module\\(s\\) in eval mode.*"):  # fmt: skip
+                    ".*set_vital.*", ".*on_before_batch_transfer.*", ".*module\\(s\\) in eval mode.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=pattern)
 
 

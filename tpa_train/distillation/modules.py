@@ -21,7 +21,7 @@ from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
-from tpa_train.gemma3.attention import AttentionContext
+from tpa_train.gemma3.attention import AttentionContext, Documents, document_offsets
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -175,11 +175,21 @@ class RecoveryModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.log("grad_norm", norm, prog_bar=False)
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Looks at documents while they are on the host: on a GPU this would wait for the step before."""
+        ids = batch.get("document_ids")
+        if ids is None:
+            return batch
+        if bool((ids[:, 0] == ids[:, -1]).all()):  # each row is one text; ids ascend
+            return {name: tensor for name, tensor in batch.items() if name != "document_ids"}
+        return batch | {"cu_seqlens": document_offsets(ids, filled=self.device.type == "cuda")}
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, metrics = self.losses(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=False)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # other steps are not written
+            for name, value in metrics.items():
+                self.log(name, value, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -188,10 +198,19 @@ class RecoveryModule(L.LightningModule):
         raise NotImplementedError
 
 
+Trace = tuple[Tensor, Tensor, Tensor]
+
+
+def documents_of(batch: dict[str, Tensor]) -> Documents | None:
+    """Returns the documents of a batch's rows; None where each row is one text."""
+    ids = batch.get("document_ids")
+    return None if ids is None else Documents(ids, batch.get("cu_seqlens"))
+
+
 def trace_attention(
     teacher: Gemma3ForCausalLM, layers: list[int], x: Tensor, context: AttentionContext
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns what enters and leaves the attention of each of ``layers``, [B, L, D] each, from embeddings ``x``."""
+) -> list[Trace]:
+    """Returns what enters the attention of each of ``layers``, its queries, and what leaves it; ``x``: embeddings."""
     traces = []
     for index in range(layers[-1] + 1):
         x, *trace = teacher.layers[index](x, context, trace=True)
@@ -202,14 +221,19 @@ def trace_attention(
 
 def attention_errors(
     student: Gemma3ForMultimodalLMwithTPA,
-    traces: list[tuple[Tensor, Tensor]],
+    traces: list[Trace],
     roots: list[Tensor | None],
     context: AttentionContext,
 ) -> list[Tensor]:
-    """Returns each converted attention's normalised error on the teacher's ``traces``, under M^½ of ``roots``."""
+    """Returns each converted attention's normalised error on the teacher's ``traces``, under M^½ of ``roots``.
+
+    Dense queries are the teacher's own, since what they are made from does not learn here.
+    """
     errors = []
-    for index, (entering, expected), root in zip(student.converted_layers, traces, roots, strict=True):
-        errors.append(normalised_error(student.layers[index].self_attn(entering, context), expected, root))
+    for index, (entering, queries, expected), root in zip(student.converted_layers, traces, roots, strict=True):
+        same = student.specs[index].form_q == "dense"
+        output = student.layers[index].self_attn(entering, context, queries if same else None)
+        errors.append(normalised_error(output, expected, root))
     return errors
 
 
@@ -217,7 +241,7 @@ def layer_errors(
     teacher: Gemma3ForCausalLM,
     student: Gemma3ForMultimodalLMwithTPA,
     batch: dict[str, Tensor],
-    trace: Callable[..., list[tuple[Tensor, Tensor]]] = trace_attention,
+    trace: Callable[..., list[Trace]] = trace_attention,
     measure: Callable[..., list[Tensor]] = attention_errors,
 ) -> dict[int, Tensor]:
     """Returns each converted attention's normalised output error when it is given the teacher's input.
@@ -234,7 +258,7 @@ def layer_errors(
     for index, root in metrics.items():
         metrics[index] = root.to(ids.device)
     with torch.no_grad():
-        context = teacher.context(ids, batch.get("document_ids"))
+        context = teacher.context(ids, documents_of(batch))
         traces = trace(teacher, layers, teacher.embed(ids), context)
     errors = measure(student, traces, [metrics.get(index) for index in layers], context)
     return dict(zip(layers, errors, strict=True))
@@ -386,7 +410,7 @@ class EndToEndModule(RecoveryModule):
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["token_ids"]
         with torch.no_grad():
-            context = self.teacher.context(ids, batch.get("document_ids"))
+            context = self.teacher.context(ids, documents_of(batch))
             shared, streams, h_teacher = self.teacher_pass(self.teacher.embed(ids), context)
         h_student, hidden_error = self.student_pass(shared, context, streams)
         every = min(self.kl_every, ids.shape[1])

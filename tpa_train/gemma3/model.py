@@ -29,16 +29,18 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, context: AttentionContext, trace: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Maps the residual stream [B, L, D] to the next one; with ``trace`` also what enters and leaves the attention.
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps the residual stream [B, L, D] to the next one.
 
-        The trace is a return value, not a forward hook, so that a compiled layer gives it too.
+        With ``trace`` also returns what enters the attention [B, L, D], its queries [B, L, H, d], and what leaves it
+        [B, L, D]: as values, not through hooks, so that compiled code gives them too.
         """
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, context)
+        queries = self.self_attn.queries(normed, context.rotary[self.self_attn.kind])
+        attended = self.self_attn(normed, context, queries)
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return (x, normed, attended) if trace else x
+        return (x, normed, queries, attended) if trace else x
 
 
 class Gemma3ForCausalLM(nn.Module):
@@ -63,18 +65,19 @@ class Gemma3ForCausalLM(nn.Module):
         return Attention(self.config, index)
 
     def context(
-        self, token_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+        self, token_ids: Tensor, document_ids: Tensor | Documents | None = None, cache: KVCache | None = None
     ) -> AttentionContext:
         """Returns what all layers share in a forward pass over ``token_ids`` [B, L].
 
-        ``document_ids`` int [B, L]: packed documents that must not see each other (not with a cache).
+        ``document_ids`` int [B, L], or ``Documents``: packed texts that must not see each other (not with a cache).
         """
         length = token_ids.shape[1]
         if cache is not None:
             return AttentionContext(self.config, cache.positions(length), cache=cache)
         positions = torch.arange(length, device=token_ids.device)[None]
-        documents = None if document_ids is None else Documents(document_ids)
-        return AttentionContext(self.config, positions, documents)
+        if isinstance(document_ids, Tensor):
+            document_ids = Documents(document_ids)
+        return AttentionContext(self.config, positions, document_ids)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Returns scaled embeddings [B, L, D], the start of the residual stream."""
