@@ -406,6 +406,7 @@ class TritonDivergence:
                 hidden_t, hidden_s, self.head_t, self.head_s, self.scale_t[part], self.scale_s[part], x, y, labels,
                 self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared, EVEN=vocab % TILE_N == 0,
                 BM=TILE_M, BN=TILE_N, BK=TILE_K, **common, **ENCODE_OPTIONS,
+                enable_fp_fusion=self.shared,  # a fused multiply-add would leave a rounding error of equal products
             )  # fmt: skip
         else:
             torch.mm(hidden_t, self.head_t.T, out=x).div_(d.temperature)
