@@ -206,7 +206,7 @@ def _combine(
             at_label += tl.sum(tl.load(at + 9 * n, mask=keep, other=0.0), 0)
         max_t, max_s = new_t, new_s
     lse_t = max_t + tl.log(sum_t)
-    delta = max_s - max_t + tl.log(sum_s / sum_t)
+    delta = max_s - max_t + tl.log(tl.div_rn(sum_s, sum_t))  # '/' is inexact: equal sums must give 1
     if not CODED:
         ratio = change / sum_t
         near = tl.abs(ratio) < 0.5  # false for NaN
