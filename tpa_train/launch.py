@@ -40,7 +40,7 @@ from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
-from tpa_train.trainers import make_loggers
+from tpa_train.trainers import make_loggers, release_memory
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -185,6 +185,7 @@ class Run:
         if self._done(name):
             return
         result = self._evaluator.evaluate(student, name, cost.tokens, round(cost.seconds, 2))
+        release_memory()
         self.results.append(result)
         costs = self.folder.progress.get("costs", {})
         costs[name] = {
@@ -219,6 +220,8 @@ class Run:
             self.folder.record(sensitivities=found, balances=measured.bases.balances)
 
         student, cost, measured, allocation = factorize_model(self.session, known, balances, record)
+        if self.session.loaded is None:  # no sweep goes on with it, and moments of large models take gigabytes
+            self.session.measured = None
         seconds = {"calibration": measured.cost.seconds, "sensitivities": measured.probing_seconds}
         seconds["factorization"] = max(0.0, cost.seconds - sum(seconds.values()))
         say(
@@ -279,6 +282,7 @@ class Run:
             self.folder, s, self.session.teacher, self.student, self.results, self.command,
             self.session.machine.describe(),
         )  # fmt: skip
+        release_memory()  # the export reads itself back for a check
         export = self.folder.path / "export"
         if rank_zero_only.rank == 0:
             if not export.exists():
@@ -321,6 +325,12 @@ def main(argv: list[str] | None = None) -> int:
 
         return sweep([a for a in argv if a not in MULTIRUN])
     settings = compose(argv)
+    if settings.dry_run:
+        from tpa_train.estimate import estimate  # brings the compiler's machinery in
+
+        expected = estimate(settings)
+        say(expected.describe())
+        return 0 if expected.fits else 1
     run = Run(settings, "python scripts/train.py " + shlex.join(argv))
     try:
         run.execute()

@@ -41,7 +41,7 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
+from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory, seeded
 
 STAGES = ("factorize", "layerwise", "distill")
 BALANCES = (0.25, 1.0, 4.0)  # tried for the joint latent, times the ratio of the measured slopes of V and K
@@ -122,10 +122,15 @@ class Session:
 
     def steps(self, stage: str) -> int:
         """Returns the optimizer steps that the stage's token budget makes (0: the stage is skipped)."""
-        trainer = self.settings.trainer
-        devices = trainer.devices if isinstance(trainer.devices, int) else 1
-        per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
-        return -(-getattr(self.settings.recipe, stage).tokens // per_step)
+        return steps_of(self.settings, stage)
+
+
+def steps_of(settings: RunSettings, stage: str) -> int:
+    """Returns the optimizer steps that the token budget of ``stage`` makes."""
+    trainer = settings.trainer
+    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
+    return -(-getattr(settings.recipe, stage).tokens // per_step)
 
 
 def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
@@ -210,7 +215,9 @@ def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]
     result = work()
     if machine.device.type == "cuda":
         torch.cuda.synchronize(machine.device)
-    return result, time.perf_counter() - start, machine.peak_gib()
+    seconds, peak = time.perf_counter() - start, machine.peak_gib()
+    release_memory()
+    return result, seconds, peak
 
 
 # ------------------------------------------------------------------------------------------------------- factorization

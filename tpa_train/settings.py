@@ -172,5 +172,7 @@ class RunSettings:
     resume: bool = False
     # seeds data order, calibration and training
     seed: int = 0
+    # say what the run will take (parameters, memory, time) and stop: no weight is read and nothing is written
+    dry_run: bool = False
     # whether --multirun ends by measuring other ways to spend the same bytes: uniform ranks, dense caches in fewer bits
     peers: bool = True

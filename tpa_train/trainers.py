@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import logging
 import sys
@@ -52,6 +54,7 @@ class Machine:
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, {self.settings.devices} device(s)"
 
     def reset_peak(self) -> None:
+        release_memory()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -62,6 +65,43 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def host_memory(file: str, field: str) -> int | None:
+    """Returns a field of ``/proc/meminfo`` or ``/proc/self/status`` in bytes; None where there is none (not Linux)."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def trim_heap() -> None:
+    """Returns what is free on this process's heap to the system, where the C library can (glibc).
+
+    Tensors below 32 MB come from the heap, which keeps what it once had, and gaps between what outlives a step serve no
+    later one: without this, calibrating the 270M leaves 2 GiB behind, and a step end to end takes a quarter more.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
+
+
+def release_memory() -> None:
+    """Frees what only reference cycles hold (Lightning's loops, between stages), and the heap."""
+    gc.collect()
+    trim_heap()
+
+
+class TrimHeap(L.Callback):
+    """Trims the heap after every batch; on a CPU, where activations are on it."""
+
+    def on_train_batch_end(self, *_args) -> None:
+        trim_heap()
+
+    def on_validation_batch_end(self, *_args) -> None:
+        trim_heap()
 
 
 def cpu_has_bf16() -> bool:
@@ -156,7 +196,7 @@ def make_trainer(
         enable_model_summary=False,
         log_every_n_steps=1,
         logger=loggers or False,
-        callbacks=[StageBar(), *(callbacks or [])],
+        callbacks=[StageBar(), *([TrimHeap()] if machine.device.type == "cpu" else []), *(callbacks or [])],
         default_root_dir=folder,
         num_sanity_val_steps=0,
     )

@@ -273,6 +273,10 @@ class EndToEndModule(RecoveryModule):
         share = min(1.0, max(self.initial_kl, 0.0) / FULL_RATE_KL) ** 0.5
         return {name: rate * share for name, rate in super().learning_rates().items()}
 
+    def output_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the mean KL(teacher ‖ student) from final hidden states [N, D]."""
+        return linear_kl(student, teacher, self.student.head_weight, self.teacher.head_weight)[0]
+
     def _decayed_weight(self) -> float:
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
         return self.hidden_weight * max(0.0, 1.0 - progress)
@@ -299,7 +303,7 @@ class EndToEndModule(RecoveryModule):
         with torch.no_grad():
             h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
         h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
-        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight)
+        kl = self.output_loss(h_student, h_teacher)
         metrics = {"kl": kl.detach()}
         if weight > 0:
             metrics["hidden_error"] = hidden_error.detach()
