@@ -38,6 +38,7 @@ from tpa_train.results import (
 )
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
+from tpa_train.teacher import open_teacher_cache
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import make_loggers, release_memory
@@ -252,6 +253,8 @@ class Run:
         if stage == "layerwise" and resumed is None:
             before = measure_layer_errors(self.session, self.student)
             self.folder.record(layer_errors={"layers": list(before), "before": list(before.values())})
+        if stage == "distill":
+            open_teacher_cache(self.session)  # filled here, where a signal may stop it at once
         stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
         with self.handler.deferred():
             module, cost = recover(

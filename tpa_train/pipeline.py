@@ -39,6 +39,7 @@ from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
+from tpa_train.teacher import check_teacher_cache, check_top_k, open_teacher_cache
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory, seeded
@@ -171,6 +172,7 @@ def check_settings(settings: RunSettings) -> None:
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
+    check_teacher_cache(settings)
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -196,6 +198,7 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
     """
     budget = settings.budget
     validate_budget(config, budget_of(settings, config))
+    check_top_k(settings, config)
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
         ("evaluation.context", settings.evaluation.context),
@@ -405,7 +408,7 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl,
+        initial_kl=initial_kl, cache=open_teacher_cache(session),
     )  # fmt: skip
 
 

@@ -82,6 +82,24 @@ class DistillSettings(OptimizerSettings):
 
 
 @dataclass
+class TeacherSettings:
+    """Keeping what the teacher says of the end-to-end stage's rows, so that training runs without its forward pass.
+
+    It pays where rows are read more than once: several passes over the text, or several runs that share a folder.
+    """
+
+    # none; hidden: final hidden states, the same loss as without; topk: the most likely tokens only, far smaller for
+    # large models. Needs recipe.distill.hidden_weight=0: layers are compared with a teacher that runs
+    cache: str = "none"
+    # where it is kept, for any run with the same teacher, text and context; null: teacher_cache in the run folder
+    folder: str | None = None
+    # topk: how many tokens of each position
+    top_k: int = 64
+    # auto (hidden: what the head computes in, which loses nothing; topk: float32), float32, bfloat16 or float16
+    dtype: str = "auto"
+
+
+@dataclass
 class RecipeSettings:
     """Which stages run, and how long each is."""
 
@@ -162,6 +180,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     export: ExportSettings = field(default_factory=ExportSettings)

@@ -69,7 +69,7 @@ class StageSampler(StatefulDistributedSampler):
 
 
 class PackedDataModule(lightning.LightningDataModule):
-    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
+    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L], "row": int64 [B]}`` for the stages of a run.
 
     ``prepare_data`` packs (once per machine), ``setup`` opens. Both may also be called without a Trainer.
     """
@@ -194,6 +194,13 @@ class PackedDataModule(lightning.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle,
         )
+
+    def rows_in_order(self, stage: str, count: int) -> list[int]:
+        """Returns the numbers of the rows that ``stage`` reads first, each once, in order; ``count`` with repetitions.
+        """
+        rows = Subset(self.train_dataset, self.rows_of(stage).tolist())
+        sampler = StageSampler(rows, 1, 0, _seed(self.settings.seed, stage), length=count)
+        return list(dict.fromkeys(rows.indices[place] for place in sampler))
 
     def _replicas(self) -> tuple[int, int]:
         """(processes that see different data, this one's number); processes of a tensor-parallel group share data."""

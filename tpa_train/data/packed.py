@@ -123,8 +123,9 @@ def read_manifest(folder: Path) -> Manifest:
 class PackedDataset(Dataset):
     """Rows of ``context`` tokens cut one after the other from a packed stream; a last partial row is dropped.
 
-    An item is ``{"token_ids": int64 [L], "document_ids": int32 [L]}``. ``document_ids`` number the documents inside
-    the row (0, 1, 2, ...): attention does not cross them. A row that begins inside a document numbers that one 0.
+    An item is ``{"token_ids": int64 [L], "document_ids": int32 [L], "row": int}``, the last its number.
+    ``document_ids`` number the documents inside the row (0, 1, 2, ...): attention does not cross them. A row that
+    begins inside a document numbers that one 0.
 
     Every row begins with BOS, which takes the place of its first token: Gemma has never seen a text without one (on
     WikiText-2 its perplexity doubles).
@@ -177,7 +178,8 @@ class PackedDataset(Dataset):
             first, last = np.searchsorted(self.stream.starts, [begin + 1, begin + self.context])
             document_ids[self.stream.starts[first:last] - begin] = 1
             document_ids = document_ids.cumsum(dtype=np.int32)
-        return {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids)}
+        row %= len(self)
+        return {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids), "row": row}
 
 
 def tokens_without_bos(stream: PackedStream) -> torch.Tensor:
