@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Run:
         check_against_model(self.settings, teacher.config)
         say(f"  {teacher.source.description}, loaded in {time.perf_counter() - start:.1f} s")
         self.session.data  # noqa: B018 - packs the text; empty data is refused here
+        open_teacher_cache(self.session, fill=False)  # a stale one is refused here
         self._evaluator = make_evaluator(self.session)
         self.folder.start(self.settings, self.command)
         say(self.banner())
@@ -259,7 +261,7 @@ class Run:
         with self.handler.deferred():
             module, cost = recover(
                 self.session, self.student, stage, resumed,
-                make_loggers(self.settings.logger, self.folder.path / "logs", stage), [stop],
+                make_loggers(self.settings.logger, self.folder.path / "logs", stage, asdict(self.settings)), [stop],
             )  # fmt: skip
             finished = module.global_step >= self.session.steps(stage)
             spent = self.folder.progress.get(f"{stage}_spent", 0.0) + cost.seconds

@@ -40,6 +40,7 @@ from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
 from tpa_train.teacher import check_teacher_cache, check_top_k, open_teacher_cache
+from tpa_train.throughput import Throughput
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory, seeded
@@ -436,6 +437,7 @@ def recover(
         module = recovery_module(session, student, stage)
         if session.settings.trainer.compile:
             compile_layers(session.teacher, module)
+        callbacks = [Throughput(session.machine), *(callbacks or [])]
         trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
         session.data.stage = stage
         session.data.trainer = None

@@ -42,8 +42,12 @@ def check_top_k(settings: RunSettings, config: Gemma3Config) -> None:
         raise UserError(f"teacher.top_k={settings.teacher.top_k} exceeds the vocabulary of {config.vocab_size} tokens.")
 
 
-def open_teacher_cache(session: Session) -> TeacherCache | None:
+def open_teacher_cache(session: Session, fill: bool = True) -> TeacherCache | None:
     """Returns the teacher cache with every row that the end-to-end stage will read, filled here where rows are missing.
+
+    Args:
+        session: the run.
+        fill: False only checks that a cache that is there is this run's.
 
     Raises:
         UserError: the folder holds a cache of another teacher, text or setting, or a damaged one.
@@ -60,6 +64,8 @@ def open_teacher_cache(session: Session) -> TeacherCache | None:
         "join_documents": data.settings.join_documents, "context": data.context,
     }  # fmt: skip
     cache = TeacherCache(folder, settings.cache, dtype, identity, settings.top_k)
+    if not fill:
+        return cache
     batches = session.steps("distill") * session.settings.trainer.accumulate
     rows = data.rows_in_order("distill", batches * data.batch_size)
     cache.fill(session.teacher, data.train_dataset, rows, data.batch_size, machine.autocast)

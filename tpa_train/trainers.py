@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -28,6 +29,9 @@ LOGGERS = {
     "csv": ("csv",), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
     "mlflow": ("mlflow", "mlflow_skinny"),
 }  # fmt: skip
+
+
+COLLECT_ABOVE = 2 << 30  # bytes of this process; a full collection takes a quarter of a second
 
 
 @dataclass
@@ -90,7 +94,8 @@ def trim_heap() -> None:
 
 def release_memory() -> None:
     """Frees what only reference cycles hold (Lightning's loops, between stages), and the heap."""
-    gc.collect()
+    if (host_memory("/proc/self/status", "VmRSS") or 0) > COLLECT_ABOVE:
+        gc.collect()
     trim_heap()
 
 
@@ -140,8 +145,16 @@ def check_logger(settings: LoggerSettings) -> None:
         raise UserError(f"logger={settings.kind} needs a package: pip install {settings.kind}")
 
 
-def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Logger]:
+def make_loggers(
+    settings: LoggerSettings, folder: Path, stage: str, hyperparameters: dict[str, Any] | None = None
+) -> list[Logger]:
     """Returns the csv logger, which reports are drawn from, and the one that was asked for.
+
+    Args:
+        settings: which one.
+        folder: where curves are kept, of those that keep files.
+        stage: names the curves.
+        hyperparameters: of the run, recorded beside them.
 
     Raises:
         UserError: the logger is unknown or its package is not installed.
@@ -160,7 +173,10 @@ def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Log
     elif settings.kind == "mlflow":
         from lightning.pytorch.loggers import MLFlowLogger
 
-        loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=f"{folder.parent.name}-{stage}"))
+        run_name = f"{folder.parent.name}-{stage}"
+        loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=run_name, save_dir=f"{folder}/mlruns"))
+    for logger in loggers:
+        logger.log_hyperparams(hyperparameters or {})
     return loggers
 
 

@@ -294,14 +294,15 @@ class EndToEndModule(RecoveryModule):
             shared = self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.first)
         # Nothing below the first learning layer differs, so both continue from the same residual stream.
         x_teacher = x_student = shared
-        hidden_error = shared.new_zeros(())
+        hidden_error, metrics = shared.new_zeros(()), {}
         for index in range(self.first, self.teacher.config.num_layers):
             if self.cache is None:
                 with torch.no_grad():
                     x_teacher = self.teacher.layers[index](x_teacher, context)
             x_student = self.student.layers[index](x_student, context)
             if weight > 0:
-                hidden_error = hidden_error + normalised_error(x_student, x_teacher)
+                error = normalised_error(x_student, x_teacher)
+                hidden_error, metrics[f"hidden_error/layer_{index}"] = hidden_error + error, error.detach()
         hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
         every = min(self.kl_every, ids.shape[1])
         # Another residue each step, so that all positions get their turn.
@@ -313,7 +314,7 @@ class EndToEndModule(RecoveryModule):
             kl = self.output_loss(h_student, h_teacher)
         else:
             kl = self.cache.output_loss(h_student, self.student.head_weight, batch["row"], pick)
-        metrics = {"kl": kl.detach()}
+        metrics["kl"] = kl.detach()
         if weight > 0:
             metrics["hidden_error"] = hidden_error.detach()
         return kl + weight * hidden_error, metrics
