@@ -326,6 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if any(a in MULTIRUN for a in argv):
+        if "dry_run=true" in argv:
+            raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
         from tpa_train.sweep import main as sweep  # it runs what is defined here
 
         return sweep([a for a in argv if a not in MULTIRUN])

@@ -30,6 +30,9 @@ PEAKS = {
 }  # fmt: skip
 
 
+READING = ("q_proj.weight", "down.weight", "keys.proj.weight", "values.proj.weight")  # of an attention: what its input is multiplied with
+
+
 def peak_flops(name: str) -> float | None:
     """Returns the dense bfloat16 peak of the card called ``name`` in operations a second; None if it is unknown."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
@@ -63,8 +66,15 @@ def training_flops(module: RecoveryModule, context: int) -> float:
     if not isinstance(module, EndToEndModule):
         layers = student.converted_layers
         own = sum(_products(student.layers[i].self_attn) for i in layers)
+        # The layer's input needs no gradient, so none passes through what reads it.
+        reading = sum(
+            2 * p.numel()
+            for i in layers
+            for name, p in student.layers[i].self_attn.named_parameters()
+            if p.dim() >= 2 and name.endswith(READING)
+        )
         attention = sum(attention_flops(config, i, context) for i in layers)
-        return layers_flops(module.teacher, range(layers[-1] + 1), context) + 2 * own + 3 * attention + trained
+        return layers_flops(module.teacher, range(layers[-1] + 1), context) + 2 * own - reading + 3 * attention + trained
     above = range(module.first, config.num_layers)
     shared = layers_flops(module.teacher, range(module.first), context)
     teacher = layers_flops(module.teacher, above, context) if module.cache is None else 0.0
