@@ -30,7 +30,8 @@ PEAKS = {
 }  # fmt: skip
 
 
-READING = ("q_proj.weight", "down.weight", "keys.proj.weight", "values.proj.weight")  # of an attention: what its input is multiplied with
+# Weights of an attention that its input is multiplied with.
+READING = ("q_proj.weight", "down.weight", "keys.proj.weight", "values.proj.weight")
 
 
 def peak_flops(name: str) -> float | None:
@@ -74,7 +75,8 @@ def training_flops(module: RecoveryModule, context: int) -> float:
             if p.dim() >= 2 and name.endswith(READING)
         )
         attention = sum(attention_flops(config, i, context) for i in layers)
-        return layers_flops(module.teacher, range(layers[-1] + 1), context) + 2 * own - reading + 3 * attention + trained
+        teacher = layers_flops(module.teacher, range(layers[-1] + 1), context)
+        return teacher + 2 * own - reading + 3 * attention + trained
     above = range(module.first, config.num_layers)
     shared = layers_flops(module.teacher, range(module.first), context)
     teacher = layers_flops(module.teacher, above, context) if module.cache is None else 0.0
