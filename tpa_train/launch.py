@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ from tpa_train.results import (
 )
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
+from tpa_train.teacher import open_teacher_cache
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
-from tpa_train.trainers import make_loggers
+from tpa_train.trainers import make_loggers, release_memory
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -106,6 +108,7 @@ class Run:
         check_against_model(self.settings, teacher.config)
         say(f"  {teacher.source.description}, loaded in {time.perf_counter() - start:.1f} s")
         self.session.data  # noqa: B018 - packs the text; empty data is refused here
+        open_teacher_cache(self.session, fill=False)  # a stale one is refused here
         self._evaluator = make_evaluator(self.session)
         self.folder.start(self.settings, self.command)
         say(self.banner())
@@ -185,6 +188,7 @@ class Run:
         if self._done(name):
             return
         result = self._evaluator.evaluate(student, name, cost.tokens, round(cost.seconds, 2))
+        release_memory()
         self.results.append(result)
         costs = self.folder.progress.get("costs", {})
         costs[name] = {
@@ -219,6 +223,8 @@ class Run:
             self.folder.record(sensitivities=found, balances=measured.bases.balances)
 
         student, cost, measured, allocation = factorize_model(self.session, known, balances, record)
+        if self.session.loaded is None:  # no sweep goes on with it, and moments of large models take gigabytes
+            self.session.measured = None
         seconds = {"calibration": measured.cost.seconds, "sensitivities": measured.probing_seconds}
         seconds["factorization"] = max(0.0, cost.seconds - sum(seconds.values()))
         say(
@@ -249,11 +255,13 @@ class Run:
         if stage == "layerwise" and resumed is None:
             before = measure_layer_errors(self.session, self.student)
             self.folder.record(layer_errors={"layers": list(before), "before": list(before.values())})
+        if stage == "distill":
+            open_teacher_cache(self.session)  # filled here, where a signal may stop it at once
         stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
         with self.handler.deferred():
             module, cost = recover(
                 self.session, self.student, stage, resumed,
-                make_loggers(self.settings.logger, self.folder.path / "logs", stage), [stop],
+                make_loggers(self.settings.logger, self.folder.path / "logs", stage, asdict(self.settings)), [stop],
             )  # fmt: skip
             finished = module.global_step >= self.session.steps(stage)
             spent = self.folder.progress.get(f"{stage}_spent", 0.0) + cost.seconds
@@ -279,6 +287,7 @@ class Run:
             self.folder, s, self.session.teacher, self.student, self.results, self.command,
             self.session.machine.describe(),
         )  # fmt: skip
+        release_memory()  # the export reads itself back for a check
         export = self.folder.path / "export"
         if rank_zero_only.rank == 0:
             if not export.exists():
@@ -317,10 +326,18 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if any(a in MULTIRUN for a in argv):
+        if "dry_run=true" in argv:
+            raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
         from tpa_train.sweep import main as sweep  # it runs what is defined here
 
         return sweep([a for a in argv if a not in MULTIRUN])
     settings = compose(argv)
+    if settings.dry_run:
+        from tpa_train.estimate import estimate  # brings the compiler's machinery in
+
+        expected = estimate(settings)
+        say(expected.describe())
+        return 0 if expected.fits else 1
     run = Run(settings, "python scripts/train.py " + shlex.join(argv))
     try:
         run.execute()

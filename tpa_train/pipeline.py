@@ -42,9 +42,11 @@ from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
+from tpa_train.teacher import check_teacher_cache, check_top_k, open_teacher_cache
+from tpa_train.throughput import Throughput
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
+from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory, seeded
 
 STAGES = ("factorize", "layerwise", "distill")
 BALANCES = (0.25, 1.0, 4.0)  # tried for the joint latent, times the ratio of the measured slopes of V and K
@@ -126,10 +128,15 @@ class Session:
 
     def steps(self, stage: str) -> int:
         """Returns the optimizer steps that the stage's token budget makes (0: the stage is skipped)."""
-        trainer = self.settings.trainer
-        devices = trainer.devices if isinstance(trainer.devices, int) else 1
-        per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
-        return -(-getattr(self.settings.recipe, stage).tokens // per_step)
+        return steps_of(self.settings, stage)
+
+
+def steps_of(settings: RunSettings, stage: str) -> int:
+    """Returns the optimizer steps that the token budget of ``stage`` makes."""
+    trainer = settings.trainer
+    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
+    return -(-getattr(settings.recipe, stage).tokens // per_step)
 
 
 def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
@@ -176,6 +183,7 @@ def check_settings(settings: RunSettings) -> None:
         Divergence.of(recipe.distill)
     except UserError as error:
         raise UserError(f"recipe.distill.{error}") from error
+    check_teacher_cache(settings)
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -201,6 +209,7 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
     """
     budget = settings.budget
     validate_budget(config, budget_of(settings, config))
+    check_top_k(settings, config)
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
         ("evaluation.context", settings.evaluation.context),
@@ -220,7 +229,9 @@ def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]
     result = work()
     if machine.device.type == "cuda":
         torch.cuda.synchronize(machine.device)
-    return result, time.perf_counter() - start, machine.peak_gib()
+    seconds, peak = time.perf_counter() - start, machine.peak_gib()
+    release_memory()
+    return result, seconds, peak
 
 
 # ------------------------------------------------------------------------------------------------------- factorization
@@ -408,7 +419,7 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl, divergence=Divergence.of(distill), ema=distill.ema,
+        initial_kl=initial_kl, divergence=Divergence.of(distill), ema=distill.ema, cache=open_teacher_cache(session),
         checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 
@@ -435,6 +446,7 @@ def recover(
     """
     with seeded(session.settings.seed):
         module = recovery_module(session, student, stage)
+        callbacks = [Throughput(session.machine), *(callbacks or [])]
         trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
         session.data.stage = stage
         session.data.trainer = None

@@ -94,6 +94,24 @@ class DistillSettings(OptimizerSettings):
 
 
 @dataclass
+class TeacherSettings:
+    """Keeping what the teacher says of the end-to-end stage's rows, so that training runs without its forward pass.
+
+    It pays where rows are read more than once: several passes over the text, or several runs that share a folder.
+    """
+
+    # none; hidden: final hidden states, the same loss as without; topk: the most likely tokens only, far smaller for
+    # large models. Needs recipe.distill.hidden_weight=0: layers are compared with a teacher that runs
+    cache: str = "none"
+    # where it is kept, for any run with the same teacher, text and context; null: teacher_cache in the run folder
+    folder: str | None = None
+    # topk: how many tokens of each position
+    top_k: int = 64
+    # auto (hidden: what the head computes in, which loses nothing; topk: float32), float32, bfloat16 or float16
+    dtype: str = "auto"
+
+
+@dataclass
 class RecipeSettings:
     """Which stages run, and how long each is."""
 
@@ -176,6 +194,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
@@ -186,5 +205,7 @@ class RunSettings:
     resume: bool = False
     # seeds data order, calibration and training
     seed: int = 0
+    # say what the run will take (parameters, memory, time) and stop: no weight is read and nothing is written
+    dry_run: bool = False
     # whether --multirun ends by measuring other ways to spend the same bytes: uniform ranks, dense caches in fewer bits
     peers: bool = True

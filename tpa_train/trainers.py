@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import logging
 import sys
@@ -12,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -29,6 +32,9 @@ LOGGERS = {
 # Optimizer steps between two lines of the log. Reading a loss waits for the device, which then has nothing to do until
 # the next step's kernels arrive.
 LOG_EVERY = {"cpu": 1, "cuda": 10}
+
+
+COLLECT_ABOVE = 2 << 30  # bytes of this process; a full collection takes a quarter of a second
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Machine:
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, {self.settings.devices} device(s)"
 
     def reset_peak(self) -> None:
+        release_memory()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -65,6 +72,44 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def host_memory(file: str, field: str) -> int | None:
+    """Returns a field of ``/proc/meminfo`` or ``/proc/self/status`` in bytes; None where there is none (not Linux)."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def trim_heap() -> None:
+    """Returns what is free on this process's heap to the system, where the C library can (glibc).
+
+    Tensors below 32 MB come from the heap, which keeps what it once had, and gaps between what outlives a step serve no
+    later one: without this, calibrating the 270M leaves 2 GiB behind, and a step end to end takes a quarter more.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
+
+
+def release_memory() -> None:
+    """Frees what only reference cycles hold (Lightning's loops, between stages), and the heap."""
+    if (host_memory("/proc/self/status", "VmRSS") or 0) > COLLECT_ABOVE:
+        gc.collect()
+    trim_heap()
+
+
+class TrimHeap(L.Callback):
+    """Trims the heap after every batch; on a CPU, where activations are on it."""
+
+    def on_train_batch_end(self, *_args) -> None:
+        trim_heap()
+
+    def on_validation_batch_end(self, *_args) -> None:
+        trim_heap()
 
 
 def cpu_has_bf16() -> bool:
@@ -103,8 +148,16 @@ def check_logger(settings: LoggerSettings) -> None:
         raise UserError(f"logger={settings.kind} needs a package: pip install {settings.kind}")
 
 
-def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Logger]:
+def make_loggers(
+    settings: LoggerSettings, folder: Path, stage: str, hyperparameters: dict[str, Any] | None = None
+) -> list[Logger]:
     """Returns the csv logger, which reports are drawn from, and the one that was asked for.
+
+    Args:
+        settings: which one.
+        folder: where curves are kept, of those that keep files.
+        stage: names the curves.
+        hyperparameters: of the run, recorded beside them.
 
     Raises:
         UserError: the logger is unknown or its package is not installed.
@@ -123,7 +176,10 @@ def make_loggers(settings: LoggerSettings, folder: Path, stage: str) -> list[Log
     elif settings.kind == "mlflow":
         from lightning.pytorch.loggers import MLFlowLogger
 
-        loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=f"{folder.parent.name}-{stage}"))
+        run_name = f"{folder.parent.name}-{stage}"
+        loggers.append(MLFlowLogger(experiment_name=settings.project, run_name=run_name, save_dir=f"{folder}/mlruns"))
+    for logger in loggers:
+        logger.log_hyperparams(hyperparameters or {})
     return loggers
 
 
@@ -159,7 +215,7 @@ def make_trainer(
         enable_model_summary=False,
         log_every_n_steps=LOG_EVERY.get(machine.device.type, 1),
         logger=loggers or False,
-        callbacks=[StageBar(), *(callbacks or [])],
+        callbacks=[StageBar(), *([TrimHeap()] if machine.device.type == "cpu" else []), *(callbacks or [])],
         default_root_dir=folder,
         num_sanity_val_steps=0,
     )

@@ -68,7 +68,9 @@ def test_an_imperfect_student_has_both(teacher, stage):
     module = _module(stage, teacher, student)
     loss, metrics = module.losses(_batch(teacher.config))
     loss.backward()
-    assert loss.item() > 1e-2 and all(float(v) > 0 for v in metrics.values())
+    assert loss.item() > 1e-2 and all(
+        float(v) > 0 for n, v in metrics.items() if "/layer_" not in n or int(n.split("_")[-1]) >= min(CONVERTED)
+    )
     for name in module.trained:
         gradient = student.get_parameter(name).grad
         assert gradient is not None and gradient.abs().max() > 1e-7, name

@@ -70,7 +70,7 @@ class StageSampler(StatefulDistributedSampler):
 
 
 class PackedDataModule(lightning.LightningDataModule):
-    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
+    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L], "row": int64 [B]}`` for the stages of a run.
 
     Batches of conversations also hold ``"loss_mask"`` bool [B, L], see `PackedDataset`.
 
@@ -209,6 +209,12 @@ class PackedDataModule(lightning.LightningDataModule):
         if share == 0 or stage == "calibration":
             return self.train_dataset
         return CopyRows(self.train_dataset, share, self.window, seed)
+
+    def rows_in_order(self, stage: str, count: int) -> list[int]:
+        """Returns the numbers of the rows that ``stage`` reads first, each once; ``count`` with repetitions."""
+        rows = Subset(self.train_dataset, self.rows_of(stage).tolist())
+        sampler = StageSampler(rows, 1, 0, _seed(self.settings.seed, stage), length=count)
+        return list(dict.fromkeys(rows.indices[place] for place in sampler))
 
     def _replicas(self) -> tuple[int, int]:
         """(processes that see different data, this one's number); processes of a tensor-parallel group share data."""

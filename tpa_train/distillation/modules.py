@@ -20,6 +20,8 @@ from tpa_train.distillation.averaging import WeightAverage
 from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
+from tpa_train.distillation.teacher_cache import TeacherCache
+from tpa_train.distillation.topk_loss import topk_kl
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import AttentionContext, Documents, document_offsets
 from tpa_train.gemma3.layers import accumulation_dtype
@@ -325,6 +327,7 @@ class EndToEndModule(RecoveryModule):
         checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
         ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
         divergence: in place of the KL, another comparison of the distributions; may include the text's next tokens.
+        cache: what the teacher says of every row; it then does not run. ``hidden_weight`` must be 0.
     """
 
     stage, passes = "distilled", ("teacher_pass", "student_pass")
@@ -342,11 +345,13 @@ class EndToEndModule(RecoveryModule):
         initial_kl: float = FULL_RATE_KL,
         divergence: Divergence = Divergence(),  # noqa: B008 (frozen)
         ema: float = 0.0,
+        cache: TeacherCache | None = None,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
+        assert cache is None or hidden_weight == 0, "layers are compared with a teacher that runs"
         self.average = WeightAverage(ema) if ema > 0 else None
-        self.initial_kl, self.divergence = initial_kl, divergence
+        self.initial_kl, self.divergence, self.cache = initial_kl, divergence, cache
         self.checkpoint_activations = checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
@@ -374,6 +379,13 @@ class EndToEndModule(RecoveryModule):
         if self.average is not None and self.global_step >= self.total_steps:
             self.average.copy_to(self.trained_tensors())
 
+    def output_loss(
+        self, student: Tensor, teacher: Tensor, weights: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Returns the mean divergence of final hidden states [N, D], with weights and next tokens [N]."""
+        heads = self.student.head_weight, self.teacher.head_weight
+        return linear_divergence(student, teacher, *heads, weights, divergence=self.divergence, labels=labels)[0]
+
     def _decayed_weight(self) -> float:
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
         return self.hidden_weight * max(0.0, 1.0 - progress)
@@ -390,42 +402,50 @@ class EndToEndModule(RecoveryModule):
             streams.append(x)
         return shared, streams if self.hidden_weight > 0 else [], self.teacher.norm(x)
 
-    def student_pass(self, x: Tensor, context: AttentionContext, targets: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Returns final hidden states [B, L, D] and the mean normalised error against the streams ``targets``.
+    def student_pass(self, x: Tensor, context: AttentionContext, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Returns final hidden states [B, L, D] and the normalised errors against the streams ``targets``.
 
         Args:
             x: residual stream below the first learning layer, where teacher and student are one.
         """
-        error = None
+        errors = []
         for number, layer in enumerate(self.student.layers[self.first :]):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)
             if targets:
-                term = normalised_error(x, targets[number]) / len(targets)
-                error = term if error is None else error + term
-        return self.student.norm(x), error
+                errors.append(normalised_error(x, targets[number]))
+        return self.student.norm(x), errors
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["token_ids"]
         with torch.no_grad():
             context = self.teacher.context(ids, documents_of(batch))
-            shared, streams, h_teacher = self.teacher_pass(self.teacher.embed(ids), context)
-        h_student, hidden_error = self.student_pass(shared, context, streams)
+            x = self.teacher.embed(ids)
+            if self.cache is None:
+                shared, streams, h_teacher = self.teacher_pass(x, context)
+            else:
+                shared, streams = self.teacher.run_layers(x, context, stop=self.first), []
+        h_student, hidden_errors = self.student_pass(shared, context, streams)
         every = min(self.kl_every, ids.shape[1])
         # Another residue each step, so that all positions get their turn.
         pick = slice(self.global_step % every, None, every)
-        h_teacher, h_student = (h[:, pick].flatten(0, 1) for h in (h_teacher, h_student))
-        mask = batch.get("loss_mask")
-        loss, _ = linear_divergence(
-            h_student, h_teacher, self.student.head_weight, self.teacher.head_weight,
-            weights=None if mask is None else mask[:, pick].flatten(),
-            divergence=self.divergence,
-            labels=next_tokens(batch)[:, pick].flatten() if self.divergence.ce_weight > 0 else None,
-        )  # fmt: skip
+        h_student, mask = h_student[:, pick].flatten(0, 1), batch.get("loss_mask")
+        weights = None if mask is None else mask[:, pick].flatten()
+        if self.cache is None:
+            stored = {"hidden": h_teacher[:, pick].flatten(0, 1)}
+        else:
+            stored = {name: tensor.flatten(0, 1) for name, tensor in self.cache.read(batch["row"], pick).items()}
+        if "hidden" in stored:
+            labels = next_tokens(batch)[:, pick].flatten() if self.divergence.ce_weight > 0 else None
+            loss = self.output_loss(h_student, stored["hidden"], weights, labels)
+        else:
+            loss = topk_kl(h_student, self.student.head_weight, **stored, weights=weights)[0]
         metrics = {"kl" if self.divergence == Divergence() else "output_loss": loss.detach()}
-        if hidden_error is not None:
+        if hidden_errors:
+            metrics |= {f"hidden_error/layer_{i}": e.detach() for i, e in enumerate(hidden_errors, self.first)}
+            hidden_error = torch.stack(hidden_errors).mean()
             metrics["hidden_error"] = hidden_error.detach()
             loss = loss + self._decayed_weight() * hidden_error
         return loss, metrics
