@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from tpa_train.distillation.capture import capture_attention
 from tpa_train.distillation.losses import linear_kl, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
+from tpa_train.distributed.processes import sum_over_processes, world_size
+from tpa_train.distributed.progress import adapt_progress
+from tpa_train.distributed.sharding import shard, whole
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
@@ -119,6 +122,16 @@ class RecoveryModule(L.LightningModule):
             wide = parameters[name].detach().to(accumulation_dtype(parameters[name].dtype), copy=True)
             set_parameter(student, name, nn.Parameter(wide))
         self._tokens = 0
+        self._counted: list[Tensor] = []  # share of counted tokens of each batch since the last step, where some do not
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Shards both models where the strategy has made a mesh for it (Lightning calls this in every fit)."""
+        if self.device_mesh is None or self._is_sharded:
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self, self.teacher, self.student, self.device_mesh["data_parallel"], dtype)
+        self._is_sharded = True
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Returns the learning parameters by the student's names, detached."""
@@ -130,6 +143,9 @@ class RecoveryModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recovery"] = {"stage": self.stage, "tokens": self._tokens}
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
@@ -141,6 +157,14 @@ class RecoveryModule(L.LightningModule):
                 + "; start a new run folder or restore the options that it was made with."
             )
         self._tokens = checkpoint["recovery"]["tokens"]
+        if self._trainer is None:
+            return
+        adapt_progress(checkpoint, self.trainer)
+        rng = checkpoint.get("rng", {})
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def learning_rates(self) -> dict[str, float]:
         """Returns the peak learning rate of every parameter that learns; a factor's is relative to its size."""
@@ -151,7 +175,7 @@ class RecoveryModule(L.LightningModule):
         parameters, members, groups = dict(self.student.named_parameters()), {}, []
         for name, rate in self.learning_rates().items():
             if name in self._factors:
-                scale = element_scale(parameters[name])
+                scale = element_scale(whole(parameters[name].detach()))
                 groups.append({"params": [parameters[name]], "lr": rate, "scale": scale})
             else:
                 members.setdefault(rate, []).append(parameters[name])
@@ -166,16 +190,47 @@ class RecoveryModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips by the stage's own setting and logs the norm before clipping."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._normalise_by_tokens(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.log("grad_norm", norm, prog_bar=False)
+        self.log("grad_norm", whole(norm), prog_bar=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, metrics = self.losses(batch)
+        loss, metrics = self(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
+        several = world_size() > 1
         for name, value in metrics.items():
-            self.log(name, value, prog_bar=False)
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+            self.log(name, value, prog_bar=False, sync_dist=several)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=several)
+        return self._weighted(loss, batch)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns ``losses``; called as a module, so that sharded weights are gathered around it."""
+        return self.losses(batch)
+
+    def _weighted(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the mean ``loss`` of a batch times the share of its tokens that count (``loss_mask`` [B, L]).
+
+        A step averages over its batches, of all processes. That is the mean over tokens as long as every batch counts
+        equally many; otherwise ``_normalise_by_tokens`` makes it so, once the step's counts are known.
+        """
+        mask = batch.get("loss_mask")
+        if mask is None:
+            return loss
+        share = mask.float().mean()
+        self._counted.append(share)
+        return loss * share
+
+    def _normalise_by_tokens(self, parameters: list[nn.Parameter]) -> None:
+        """Scales gradients from a mean over batches of Σ over tokens to one Σ over tokens by their number."""
+        if not self._counted:
+            return
+        batches = len(self._counted) * world_size()
+        shares = sum_over_processes(torch.stack(self._counted).sum())
+        factor = batches / shares.clamp_min(torch.finfo(shares.dtype).tiny)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(float(factor))
+        self._counted = []
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and what else to log, from ``token_ids`` and ``document_ids`` [B, L]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
@@ -32,7 +33,8 @@ def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
 class ScaledAdamW(torch.optim.AdamW):
     """AdamW with an optional ``scale`` in a parameter group: each step is multiplied by it, element by element.
 
-    A group with a ``scale`` holds exactly one parameter. The state is AdamW's own, so checkpoints do not change.
+    A group with a ``scale`` holds exactly one parameter. The state is AdamW's own, so checkpoints do not change. Where
+    the parameter is sharded (a DTensor), the scale is still that of the whole one.
     """
 
     @torch.no_grad()
@@ -43,6 +45,14 @@ class ScaledAdamW(torch.optim.AdamW):
         for (parameter, scales), old in zip(scaled, before, strict=True):
             step = parameter - old
             for scale in scales:
-                step *= scale.to(parameter)
+                step *= _beside(scale.to(parameter.device, parameter.dtype), parameter)
             parameter.copy_(old + step)
         return loss
+
+
+def _beside(scale: Tensor, parameter: Tensor) -> Tensor:
+    """Returns ``scale`` in a form that may be multiplied with ``parameter``, sharded or not."""
+    if not isinstance(parameter, DTensor):
+        return scale
+    mesh = parameter.device_mesh
+    return DTensor.from_local(scale, mesh, [Replicate()] * mesh.ndim, run_check=False)
