@@ -354,7 +354,7 @@ class CalibrationModule(L.LightningModule):
             for moments in self._moments.values():
                 for tensor in moments.sums().values():
                     sum_over_processes(tensor)
-                for name in moments.tensors().keys() - moments.sums().keys():
+                for name in [n for n in moments.tensors() if n not in moments.sums()]:  # all gather in one order
                     parts = [t.split(n) for t, n in zip(gather_rows(getattr(moments, name)), counts, strict=True)]
                     setattr(moments, name, torch.cat(in_turn(parts))[:SAMPLE_LIMIT])
         self.result = self.collected()
