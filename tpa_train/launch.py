@@ -322,11 +322,11 @@ def main(argv: list[str] | None = None) -> int:
     if any(a in ("--help", "-h", "help") for a in argv):
         print(help_text())
         return 0
-    if any(a in MULTIRUN for a in argv):
-        from tpa_train.sweep import main as sweep  # it runs what is defined here
-
-        return sweep([a for a in argv if a not in MULTIRUN])
     with one_voice():
+        if any(a in MULTIRUN for a in argv):
+            from tpa_train.sweep import main as sweep  # it runs what is defined here
+
+            return sweep([a for a in argv if a not in MULTIRUN])
         settings = compose(argv)
         if must_launch(settings.trainer):
             return launch([sys.executable, "-c", _PROCESS, *argv], settings.trainer.devices)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.distributed.launching import local_rank
-from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share
+from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
 from tpa_train.distributed.sharding import gather_models, wrapped_forwards
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
@@ -42,7 +42,7 @@ from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, outp
 from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.settings import RunSettings
+from tpa_train.settings import RunSettings, TrainerSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
@@ -91,6 +91,12 @@ class Session:
     def __post_init__(self) -> None:
         self.machine = choose_machine(self.settings.trainer)
         check_settings(self.settings)
+        trainer = self.settings.trainer
+        if isinstance(trainer.devices, int) and trainer.devices * trainer.num_nodes != world_size():
+            raise UserError(
+                f"trainer.devices={trainer.devices}: only a single run of scripts/train.py starts a process for each "
+                f"device; leave trainer.devices out."
+            )
 
     @cached_property
     def teacher(self) -> Gemma3ForCausalLM:
@@ -430,13 +436,6 @@ def recover(
         module = recovery_module(session, student, stage)
         # Layer by layer only factors learn, and attention runs outside of its layer: nothing to gain from shards.
         sharded = session.machine.strategy == "fsdp2" and stage == "distill"
-        options = session.settings.trainer
-        forwards = nullcontext()
-        if sharded or options.activation_checkpointing:
-            layers = (*session.teacher.layers, *student.layers)
-            forwards = wrapped_forwards(layers, options.compile, options.activation_checkpointing)
-        elif options.compile:
-            compile_layers(session.teacher, module)
         trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks, sharded)
         session.data.stage = stage
         session.data.trainer = None
@@ -446,23 +445,16 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            with forwards:
+            with layer_forwards(session.settings.trainer, session.teacher, student, sharded):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)
     if sharded:
-        gather_models(session.teacher, student, empty_model)
+        gather_models(session.teacher, student)
     module.to(session.machine.device)
     student.requires_grad_(False)
     tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
     return module, StageCost(tokens * trainer.world_size, seconds, peak)
-
-
-def empty_model(model: Gemma3ForCausalLM) -> Gemma3ForCausalLM:
-    """Returns a model of the same architecture and forms as ``model``, on the meta device."""
-    forms = (model.specs,) if isinstance(model, Gemma3ForMultimodalLMwithTPA) else ()
-    with torch.device("meta"):
-        return type(model)(model.config, *forms)
 
 
 def check_readable(checkpoint: Path) -> None:
@@ -475,11 +467,17 @@ def check_readable(checkpoint: Path) -> None:
         ) from error
 
 
-def compile_layers(teacher: Gemma3ForCausalLM, module: RecoveryModule) -> None:
-    """Compiles the decoder layers in place: they share one graph per kind, and hooks stay outside of it."""
-    for model in (teacher, module.student):
-        for layer in model.layers:
+def layer_forwards(
+    options: TrainerSettings, teacher: Gemma3ForCausalLM, student: Gemma3ForMultimodalLMwithTPA, sharded: bool
+) -> AbstractContextManager:
+    """Returns the context in which the decoder layers run as the options say: compiled, recomputed, both or neither."""
+    layers = [*teacher.layers, *student.layers]
+    if sharded or options.activation_checkpointing:
+        return wrapped_forwards(layers, options.compile, options.activation_checkpointing)
+    if options.compile:  # in place: layers share one graph per kind, and hooks stay outside of it
+        for layer in layers:
             layer.compile(dynamic=False)
+    return nullcontext()
 
 
 def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "scaling": "tpa_train.benchmarks.scaling:ScalingSettings",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }
 

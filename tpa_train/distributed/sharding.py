@@ -120,14 +120,13 @@ def _placement(processes: int) -> Callable[[nn.Parameter], Shard | None]:
     return place
 
 
-def gather_models(teacher: nn.Module, student: nn.Module, build: Callable[[nn.Module], nn.Module]) -> None:
+def gather_models(teacher: nn.Module, student: nn.Module) -> None:
     """Makes sharded models whole again on every process, in place; shared parameters stay shared.
 
     FSDP2 cannot be taken off a module, so the models get new submodules.
 
     Args:
-        teacher, student: models whose submodules were sharded.
-        build: makes a model with the same submodules on the meta device.
+        teacher, student: models whose submodules were sharded, made anew from their ``config`` (and ``specs``).
     """
     gathered: dict[int, nn.Parameter] = {}
     for model in (teacher, student):
@@ -135,7 +134,9 @@ def gather_models(teacher: nn.Module, student: nn.Module, build: Callable[[nn.Mo
             if isinstance(module, FSDPModule):
                 module.reshard()
     for model in (teacher, student):
-        fresh = build(model)
+        forms = [model.specs] if hasattr(model, "specs") else []
+        with torch.device("meta"):
+            fresh = type(model)(model.config, *forms)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) not in gathered:
                 tensor = whole(parameter.detach())
