@@ -218,6 +218,7 @@ def quiet_lightning() -> None:
 @contextlib.contextmanager
 def seeded(seed: int):
     """Seeds every generator that a stage may touch, and restores PyTorch's afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Of this process's own device: a look at the others' generators would take memory there.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         L.seed_everything(seed, verbose=False)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_a_masked_step_is_the_mean_over_its_counted_tokens(tmp_path, alone, monk
     for name in gradients[0]:
         expected = sum(n * g[name] for n, g in zip(counts, gradients, strict=True)) / sum(counts)
         torch.testing.assert_close(alone[0]["masked"][name], expected, rtol=1e-7, atol=1e-12)
+
+
+def test_the_benchmark_trains_in_shards_that_nobody_held_whole(together):
+    rows_ = [json.loads((together[1] / f"{i}.json").read_text()) for i in range(2)]
+    for row in rows_:
+        assert (row["strategy"], row["model"], row["devices"], row["rows"]) == ("fsdp2", "tiny-random", 2, 2)
+        assert row["tokens_per_s"] == pytest.approx(2 * 32 / row["seconds_per_step"])
+    assert len(rows_[0]["peak_gib"]) == 2 and rows_[0]["peak_gib"] == rows_[1]["peak_gib"]
 
 
 def test_one_sentence_and_no_hang_when_one_process_fails(together):

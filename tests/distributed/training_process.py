@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ sys.path.append(str(TESTS))
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
 from random_models import random_model, small_config, student_of, tokens  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
 
+from tpa_train.benchmarks.scaling import ScalingSettings, measure  # noqa: E402
 from tpa_train.cli import run_main  # noqa: E402
 from tpa_train.distillation.modules import EndToEndModule, OptimizerSettings  # noqa: E402
 from tpa_train.distributed import processes  # noqa: E402
@@ -70,7 +72,7 @@ def train(case: str, strategy: str, folder: Path, checkpoint: Path | None = None
     watch = Watch(folder / f"{'resumed-' * bool(checkpoint)}{case}-{strategy}.ckpt")
     sharded = strategy == "fsdp2"
     trainer = make_trainer(machine, folder, STEPS, callbacks=[watch], sharded=sharded)
-    loader = DataLoader(processes.share(rows(teacher.config, masked)), batch_size=1)
+    loader = StatefulDataLoader(processes.share(rows(teacher.config, masked)), batch_size=1)
     original = teacher.layers[1].mlp.up_proj.weight.clone()
     with wrapped_forwards([*teacher.layers, *student.layers], compiled=False, recomputed=sharded):
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
@@ -123,6 +125,8 @@ def main() -> None:
         for strategy, other in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
             checkpoint = folder / f"attention-{other}.ckpt"
             found[f"resumed {strategy}"] = train("attention", strategy, folder, checkpoint)
+        row = measure(ScalingSettings(model="tiny", context=32, steps=2, warmup=1, device="cpu"), "fsdp2")
+        (folder / f"{processes.rank()}.json").write_text(json.dumps(row))
         torch.save(found, folder / f"{processes.rank()}.pt")
         if processes.rank() == 1:
             raise UserError("the second process found a mistake.")

@@ -193,7 +193,7 @@ def joined(use_gpu: bool) -> Iterator[None]:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo", rank=cluster.global_rank(), world_size=cluster.world_size(),
-        timeout=COLLECTIVE_TIMEOUT, device_id=torch.device("cuda", cluster.local_rank()) if use_gpu else None,
+        timeout=COLLECTIVE_TIMEOUT,
     )  # fmt: skip
     rank_zero_only.rank = utilities_rank_zero_only.rank = cluster.global_rank()
     if cluster.global_rank() > 0:  # the first process says it for all
