@@ -216,7 +216,7 @@ class RecoveryModule(L.LightningModule):
         mask = batch.get("loss_mask")
         if mask is None:
             return loss
-        share = mask.float().mean()
+        share = mask.to(loss.dtype).mean()
         self._counted.append(share)
         return loss * share
 
