@@ -15,6 +15,8 @@ from tpa_train.distributed import launching
 from tpa_train.distributed.launching import find_cluster, launch, local_rank, must_launch, resolve_devices
 from tpa_train.distributed.processes import from_first, gather_rows, gathered, merged, raised_anywhere, share
 from tpa_train.errors import UserError
+from tpa_train.launch import main
+from tpa_train.pipeline import Session
 from tpa_train.recipes import compose
 from tpa_train.settings import TrainerSettings
 
@@ -87,6 +89,14 @@ def test_the_recipes_of_several_devices_are_those_of_one(name, strategy, recompu
     assert (ours.trainer.strategy, ours.trainer.activation_checkpointing) == (strategy, recomputed)
     assert (ours.trainer.context, ours.trainer.accelerator) == (gpu.trainer.context, "gpu")
     assert ours.recipe == gpu.recipe and ours.evaluation == gpu.evaluation
+
+
+def test_what_starts_no_processes_refuses_several_devices(tmp_path):
+    with pytest.raises(UserError, match="trainer.devices=2: only a single run of scripts/train.py"):
+        Session(compose(["trainer=cpu", "trainer.devices=2"]), tmp_path)
+    with pytest.raises(UserError, match="trainer.devices=2: only a single run"):
+        main(["--multirun", "trainer=cpu", "trainer.devices=2", "budget.cache_ratio=2,4", f"run_dir={tmp_path / 'x'}"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_needs_nobody():
