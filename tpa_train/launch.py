@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tpa_train.checkpoints.export import export_model
+from tpa_train.distributed.launching import joined, launch, must_launch, one_voice
+from tpa_train.distributed.processes import from_first, is_first, world_size
 from tpa_train.errors import UserError
 from tpa_train.evaluation.report import model_card, write_report
 from tpa_train.evaluation.suites import Evaluator, greedy_samples
@@ -44,6 +45,7 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import make_loggers, release_memory
 
+_PROCESS = "from tpa_train.cli import run_main; from tpa_train.launch import main; run_main(main)"
 SAMPLE_PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -52,7 +54,7 @@ SAMPLE_PROMPTS = (
 
 
 class Run:
-    """A run in its folder.
+    """A run in its folder. With several processes each has one; the first one's writes and speaks.
 
     Args:
         settings: checked here before anything is written.
@@ -64,10 +66,10 @@ class Run:
     """
 
     def __init__(self, settings: RunSettings, command: str, loaded: Gemma3ForCausalLM | None = None) -> None:
-        path = Path(settings.run_dir) if settings.run_dir else default_folder(settings)
+        path = Path(settings.run_dir) if settings.run_dir else from_first(lambda: default_folder(settings))
         settings.run_dir = str(path)
         self.settings, self.command = settings, command
-        self.folder = RunFolder(path, settings.resume)
+        self.folder = from_first(lambda: RunFolder(path, settings.resume))
         self.session = Session(settings, path / "logs", loaded)
         # What "auto" came to is stored: a run that goes on elsewhere, or is exported, computes as it began.
         settings.trainer.precision = "bf16" if self.session.machine.dtype == torch.bfloat16 else "float32"
@@ -111,7 +113,8 @@ class Run:
         open_teacher_cache(self.session, fill=False)  # a stale one is refused here
         self._evaluator = make_evaluator(self.session)
         self.folder.start(self.settings, self.command)
-        say(self.banner())
+        if is_first():
+            say(self.banner())
 
     def banner(self) -> str:
         """Returns what will run, on what, and for how many tokens."""
@@ -172,9 +175,7 @@ class Run:
             + distill * (3.5 + 4 * head / recipe.distill.kl_every)
         )
         minutes = per_token * work / 60
-        devices = self.settings.trainer.devices
-        if isinstance(devices, int):
-            minutes /= devices * self.settings.trainer.num_nodes
+        minutes /= world_size()
         rounded = max(1, round(minutes))
         return f"about {rounded} minute{'s' * (rounded > 1)}, judged by one forward pass"
 
@@ -251,13 +252,14 @@ class Run:
 
     def _train(self, stage: str) -> StageCost:
         checkpoint = self.folder.checkpoint(stage)
-        resumed = checkpoint if checkpoint.exists() else None
+        resumed = checkpoint if self.folder.has(checkpoint) else None
         if stage == "layerwise" and resumed is None:
             before = measure_layer_errors(self.session, self.student)
             self.folder.record(layer_errors={"layers": list(before), "before": list(before.values())})
         if stage == "distill":
             open_teacher_cache(self.session)  # filled here, where a signal may stop it at once
-        stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
+        best = self.folder.best_checkpoint(stage)
+        stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes, best)
         with self.handler.deferred():
             module, cost = recover(
                 self.session, self.student, stage, resumed,
@@ -270,12 +272,17 @@ class Run:
                 cost = StageCost(cost.tokens, spent, cost.peak_gib)
                 self.folder.record(**{f"{stage}_cost": vars(cost)})
                 self.folder.save_tensors(REPORTED_AS[stage], module.trained_tensors())
-                checkpoint.unlink(missing_ok=True)
+                self.folder.drop_checkpoints(stage)
         return cost
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     def _finish(self) -> Path:
+        from_first(self._write_results)
+        return self.folder.path / "report.md"
+
+    def _write_results(self) -> None:
+        """Writes samples, report and export, on the first process alone: the others would do the same again."""
         progress, s = self.folder.progress, self.settings
         if "samples" not in progress and s.evaluation.sample_tokens > 0:
             samples = greedy_samples(
@@ -289,15 +296,13 @@ class Run:
         )  # fmt: skip
         release_memory()  # the export reads itself back for a check
         export = self.folder.path / "export"
-        if rank_zero_only.rank == 0:
-            if not export.exists():
-                export_model(
-                    self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
-                    check_ids=self.session.data.heldout_rows(512, min(512, s.trainer.context))[0]["token_ids"][None],
-                )  # fmt: skip
-            written = write_report(self.folder.path, report)
-            say(f"\nreport  {written}\nexport  {export}")
-        return self.folder.path / "report.md"
+        if not export.exists():
+            export_model(
+                self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
+                check_ids=self.session.data.heldout_rows(512, min(512, s.trainer.context))[0]["token_ids"][None],
+            )  # fmt: skip
+        written = write_report(self.folder.path, report)
+        say(f"\nreport  {written}\nexport  {export}")
 
 
 def make_evaluator(session: Session) -> Evaluator:
@@ -308,9 +313,10 @@ def make_evaluator(session: Session) -> Evaluator:
     return Evaluator(session.teacher, rows, copies, autocast=session.machine.autocast, max_copy_tokens=s.copy_tokens)
 
 
-@rank_zero_only
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Prints, on the first process."""
+    if is_first():
+        print(text, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -325,25 +331,30 @@ def main(argv: list[str] | None = None) -> int:
     if any(a in ("--help", "-h", "help") for a in argv):
         print(help_text())
         return 0
-    if any(a in MULTIRUN for a in argv):
-        if "dry_run=true" in argv:
-            raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
-        from tpa_train.sweep import main as sweep  # it runs what is defined here
+    with one_voice():
+        if any(a in MULTIRUN for a in argv):
+            if "dry_run=true" in argv:
+                raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
+            from tpa_train.sweep import main as sweep  # it runs what is defined here
 
-        return sweep([a for a in argv if a not in MULTIRUN])
-    settings = compose(argv)
-    if settings.dry_run:
-        from tpa_train.estimate import estimate  # brings the compiler's machinery in
+            return sweep([a for a in argv if a not in MULTIRUN])
+        settings = compose(argv)
+        if settings.dry_run:
+            from tpa_train.estimate import estimate  # brings the compiler's machinery in
 
-        expected = estimate(settings)
-        say(expected.describe())
-        return 0 if expected.fits else 1
-    run = Run(settings, "python scripts/train.py " + shlex.join(argv))
-    try:
-        run.execute()
-    except Interrupted as stop:
-        say(f"\nstopped by {stop}; {run.how_to_go_on()}")
-        return stop.status
+            expected = estimate(settings)
+            say(expected.describe())
+            return 0 if expected.fits else 1
+        if must_launch(settings.trainer):
+            return launch([sys.executable, "-c", _PROCESS, *argv], settings.trainer.devices)
+        run = None
+        try:
+            with joined(settings.trainer.accelerator != "cpu" and torch.cuda.is_available()):
+                run = Run(settings, "python scripts/train.py " + shlex.join(argv))
+                run.execute()
+        except Interrupted as stop:
+            say(f"\nstopped by {stop}; {run.how_to_go_on()}")
+            return stop.status
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tpa_train.checkpoints import find_default, load_pretrained
-from tpa_train.compilation import compiled
+from tpa_train.compilation import stage_forwards
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
+from tpa_train.distributed.launching import local_rank
+from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
+from tpa_train.distributed.sharding import gather_models
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
     FORMS,
@@ -92,6 +94,12 @@ class Session:
     def __post_init__(self) -> None:
         self.machine = choose_machine(self.settings.trainer)
         check_settings(self.settings)
+        trainer = self.settings.trainer
+        if isinstance(trainer.devices, int) and trainer.devices * trainer.num_nodes != world_size():
+            raise UserError(
+                f"trainer.devices={trainer.devices}: only a single run of scripts/train.py starts a process for each "
+                f"device; leave trainer.devices out."
+            )
 
     @cached_property
     def teacher(self) -> Gemma3ForCausalLM:
@@ -122,7 +130,7 @@ class Session:
             stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
             window=self.config.sliding_window,
         )
-        module.prepare_data()
+        first_of_node(module.prepare_data, local_rank())
         module.setup()
         return module
 
@@ -134,9 +142,7 @@ class Session:
 def steps_of(settings: RunSettings, stage: str) -> int:
     """Returns the optimizer steps that the token budget of ``stage`` makes."""
     trainer = settings.trainer
-    devices = trainer.devices if isinstance(trainer.devices, int) else 1
-    per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
-    return -(-getattr(settings.recipe, stage).tokens // per_step)
+    return -(-getattr(settings.recipe, stage).tokens // (trainer.context * trainer.rows_per_step))
 
 
 def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
@@ -292,8 +298,8 @@ def measure(
     if "joint" in budget.forms:
         quarter = max(1, config.head_dim // 4)
         found |= probe([Probe(layer, kind, "latent", quarter) for layer in layers for kind in "kv"])
-        for layer in [i for i in layers if i not in bases.balances]:
-            bases.balances[layer] = choose_balance(session, bases, found, layer, quarter, text)
+        waiting = [i for i in layers if i not in bases.balances]
+        bases.balances |= merged({i: choose_balance(session, bases, found, i, quarter, text) for i in share(waiting)})
     found |= probe(plan)
     earlier.probing_seconds += time.perf_counter() - start
     session.measured = earlier
@@ -315,7 +321,7 @@ def choose_balance(
     for factor in BALANCES:
         bases.balances[layer] = slope["v"] / max(slope["k"], 1e-300) * factor
         with session.machine.autocast():
-            (kl,) = measure_sensitivity(session.teacher, bases, [joint], text).values()
+            (kl,) = measure_sensitivity(session.teacher, bases, [joint], text, shared=False).values()
         tried[bases.balances[layer]] = kl
     return min(tried, key=tried.get)
 
@@ -360,9 +366,11 @@ def convert(session: Session, measured: Measured, specs: list[LayerSpec]) -> Gem
     """Returns the student of ``specs``, which shares everything unconverted with the teacher."""
     calibration = measured.bases.calibration
     student = build_student(session.teacher, measured.bases, specs)
+    send_from_first(student_factors(student).values())
     student.output_metrics = {
         i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
     }
+    send_from_first(student.output_metrics.values())
     return student
 
 
@@ -386,7 +394,7 @@ def factorize_model(
     def work() -> tuple:
         measured = measure(session, known or {}, balances or {})
         on_measured(measured)
-        specs, expected = choose_specs(session, measured)
+        specs, expected = from_first(lambda: choose_specs(session, measured))
         return convert(session, measured, specs), measured, expected
 
     (student, measured, expected), seconds, peak = timed(session.machine, work)
@@ -409,18 +417,17 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     """Returns the LightningModule of ``stage`` ("layerwise" or "distill") around ``student``."""
     recipe, steps = session.settings.recipe, session.steps(stage)
     if stage == "layerwise":
-        errors = measure_layer_errors(session, student)
+        errors = from_first(lambda: measure_layer_errors(session, student))
         return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
     distill = recipe.distill
     rows = session.data.heldout_rows(2 * session.data.context)
     ids = torch.stack([rows[i]["token_ids"] for i in range(len(rows))]).to(session.machine.device)
     with session.machine.autocast():
-        initial_kl = output_kl(session.teacher, student, ids)
+        initial_kl = from_first(lambda: output_kl(session.teacher, student, ids))
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
         initial_kl=initial_kl, divergence=Divergence.of(distill), ema=distill.ema, cache=open_teacher_cache(session),
-        checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 
 
@@ -447,18 +454,23 @@ def recover(
     with seeded(session.settings.seed):
         module = recovery_module(session, student, stage)
         callbacks = [Throughput(session.machine), *(callbacks or [])]
-        trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
+        # Layer by layer only factors learn, and attention runs outside of its layer: nothing to gain from shards.
+        sharded = session.machine.strategy == "fsdp2" and stage == "distill"
+        trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks, sharded)
         session.data.stage = stage
         session.data.trainer = None
+        session.data.start_at(0)
 
         if checkpoint is not None:
             check_readable(checkpoint)
 
         def work() -> None:
-            with compiled(module, module.passes) if session.settings.trainer.compile else nullcontext():
+            with stage_forwards(module, session.settings.trainer, sharded):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)
+    if sharded:
+        gather_models(session.teacher, student)
     module.to(session.machine.device)
     module.finish()
     student.requires_grad_(False)

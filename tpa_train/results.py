@@ -161,4 +161,4 @@ def whole_curve(folder) -> tuple[list[float], list[float]] | None:
 
 
 def _has_factors(folder: RunFolder) -> bool:
-    return "specs" in folder.progress and folder.state_file(FACTORS).exists()
+    return "specs" in folder.progress and folder.has(folder.state_file(FACTORS))

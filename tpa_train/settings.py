@@ -129,10 +129,11 @@ class TrainerSettings:
 
     # auto, cpu or gpu
     accelerator: str = "auto"
-    # devices to use on each node: a number or "auto"
+    # devices to use on each node, one process each: a number or "auto"; torchrun and SLURM decide it themselves
     devices: Any = 1
+    # nodes, each with its own launcher (torchrun or srun)
     num_nodes: int = 1
-    # auto or ddp (several processes)
+    # with several devices: ddp (every device holds everything) or fsdp2 (end to end in shards); auto takes ddp
     strategy: str = "auto"
     # auto, bf16 or float32; auto takes bf16 where the hardware has it
     precision: str = "auto"
@@ -144,10 +145,15 @@ class TrainerSettings:
     accumulate: int = 1
     # compile the models' forward (CUDA)
     compile: bool = False
-    # end to end, keep only each layer's input for the backward pass and compute the rest again: less memory, more time
-    checkpoint_activations: bool = False
+    # keep only the inputs of the student's layers for the backward pass and recompute the rest: less memory, more time
+    activation_checkpointing: bool = False
     # a checkpoint is written every so many minutes, besides the one at a signal
     checkpoint_minutes: float = 5.0
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all devices that one optimizer step takes; ``devices`` must have been counted."""
+        return self.batch_size * self.accumulate * self.devices * self.num_nodes
 
 
 @dataclass

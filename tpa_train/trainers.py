@@ -20,11 +20,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
 
+from tpa_train.distributed.launching import find_cluster
+from tpa_train.distributed.processes import from_first, world_size
+from tpa_train.distributed.sharding import ShardedStrategy
 from tpa_train.errors import UserError, nearest
 from tpa_train.settings import LoggerSettings, TrainerSettings
 
 # kind -> modules, one of which Lightning's logger needs
+STRATEGIES = ("auto", "ddp", "fsdp2")
 LOGGERS = {
     "csv": ("csv",), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
     "mlflow": ("mlflow", "mlflow_skinny"),
@@ -58,7 +63,17 @@ class Machine:
     def describe(self) -> str:
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}, {self.settings.devices} device(s)"
+        devices = f"{world_size()} device{'s' * (world_size() > 1)}"
+        if world_size() > 1:
+            devices += f", {self.strategy}"
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}, {devices}"
+
+    @property
+    def strategy(self) -> str:
+        """How several processes train together, "ddp" or "fsdp2"; "single" for one."""
+        if world_size() == 1:
+            return "single"
+        return "ddp" if self.settings.strategy == "auto" else self.settings.strategy
 
     def reset_peak(self) -> None:
         release_memory()
@@ -127,7 +142,7 @@ def choose_machine(settings: TrainerSettings) -> Machine:
     for option, value, valid in (
         ("accelerator", settings.accelerator, ("auto", "cpu", "gpu")),
         ("precision", settings.precision, ("auto", "bf16", "float32")),
-        ("strategy", settings.strategy, ("auto", "ddp")),
+        ("strategy", settings.strategy, STRATEGIES),
     ):
         if value not in valid:
             raise UserError(f"trainer.{option}={value} is unknown{nearest(value, valid)}")
@@ -163,7 +178,8 @@ def make_loggers(
         UserError: the logger is unknown or its package is not installed.
     """
     check_logger(settings)
-    part = len(list((folder / stage).glob("part*")))  # a resumed run writes the next part: nothing is overwritten
+    # A resumed run writes the next part: nothing is overwritten.
+    part = from_first(lambda: len(list((folder / stage).glob("part*"))))
     loggers: list[Logger] = [CSVLogger(folder, name=stage, version=f"part{part}", flush_logs_every_n_steps=20)]
     if settings.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
@@ -189,6 +205,7 @@ def make_trainer(
     steps: int | None = None,
     loggers: list[Logger] | None = None,
     callbacks: list[L.Callback] | None = None,
+    sharded: bool = False,
 ) -> L.Trainer:
     """Returns a Trainer for one stage.
 
@@ -197,14 +214,20 @@ def make_trainer(
         folder: Lightning's root folder.
         steps: optimizer steps; None for a pass that does not train (calibration).
         loggers, callbacks: as given.
+        sharded: the module shards itself (``distributed.sharding``); otherwise every process holds all of it.
     """
     settings = machine.settings
     quiet_lightning()
+    cluster = find_cluster() if world_size() > 1 else None
+    several: dict = {"devices": 1, "strategy": "auto"}
+    if world_size() > 1:
+        several = {
+            "devices": settings.devices, "num_nodes": settings.num_nodes, "plugins": [cluster] if cluster else None,
+            "strategy": ShardedStrategy(world_size()) if sharded else DDPStrategy(gradient_as_bucket_view=True),
+        }  # fmt: skip
     return L.Trainer(
         accelerator="gpu" if machine.device.type == "cuda" else "cpu",
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        **several,
         precision="bf16-mixed" if machine.dtype == torch.bfloat16 else "32-true",
         max_steps=steps if steps is not None else -1,
         max_epochs=-1 if steps is not None else 1,
@@ -254,6 +277,7 @@ def quiet_lightning() -> None:
 @contextlib.contextmanager
 def seeded(seed: int):
     """Seeds every generator that a stage may touch, and restores PyTorch's afterwards."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Of this process's own device: a look at the others' generators would take memory there.
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         L.seed_everything(seed, verbose=False)
         yield

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tpa_train.distillation.averaging import WeightAverage
 from tpa_train.distillation.divergence import Divergence
@@ -22,6 +21,9 @@ from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.distillation.teacher_cache import TeacherCache
 from tpa_train.distillation.topk_loss import topk_kl
+from tpa_train.distributed.processes import sum_over_processes, world_size
+from tpa_train.distributed.progress import adapt_progress
+from tpa_train.distributed.sharding import shard, whole
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import AttentionContext, Documents, document_offsets
 from tpa_train.gemma3.layers import accumulation_dtype
@@ -125,6 +127,16 @@ class RecoveryModule(L.LightningModule):
             wide = parameters[name].detach().to(accumulation_dtype(parameters[name].dtype), copy=True)
             set_parameter(student, name, nn.Parameter(wide))
         self._tokens = 0
+        self._counted: list[Tensor] = []  # share of counted tokens of each batch since the last step, where some do not
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Shards both models where the strategy has made a mesh for it (Lightning calls this in every fit)."""
+        if self.device_mesh is None or self._is_sharded:
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self, self.teacher, self.student, self.device_mesh["data_parallel"], dtype)
+        self._is_sharded = True
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Returns the learning parameters by the student's names, detached."""
@@ -136,6 +148,9 @@ class RecoveryModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recovery"] = {"stage": self.stage, "tokens": self._tokens}
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
@@ -147,6 +162,14 @@ class RecoveryModule(L.LightningModule):
                 + "; start a new run folder or restore the options that it was made with."
             )
         self._tokens = checkpoint["recovery"]["tokens"]
+        if self._trainer is None:
+            return
+        adapt_progress(checkpoint, self.trainer)
+        rng = checkpoint.get("rng", {})
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def finish(self) -> None:
         """Called after training; what the student ends with is set here once all steps are done."""
@@ -161,9 +184,12 @@ class RecoveryModule(L.LightningModule):
         for name, rate in self.learning_rates().items():
             members.setdefault((rate, name in self._factors), []).append(parameters[name])
         groups = [
-            {"params": list_, "lr": rate, "scales": [element_scale(p) for p in list_] if relative else None}
+            {
+                "params": list_, "lr": rate,
+                "scales": [element_scale(whole(p.detach())) for p in list_] if relative else None,
+            }
             for (rate, relative), list_ in members.items()
-        ]
+        ]  # fmt: skip
         optimizer = ScaledAdamW(
             groups, betas=tuple(self.settings.betas), eps=ADAM_EPS, weight_decay=0.0, fused=self.device.type == "cuda"
         )
@@ -174,8 +200,9 @@ class RecoveryModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips by the stage's own setting and logs the norm before clipping."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._normalise_by_tokens(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.log("grad_norm", norm, prog_bar=False)
+        self.log("grad_norm", whole(norm), prog_bar=False)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Looks at documents while they are on the host: on a GPU this would wait for the step before."""
@@ -187,13 +214,43 @@ class RecoveryModule(L.LightningModule):
         return batch | {"cu_seqlens": document_offsets(ids, filled=self.device.type == "cuda")}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, metrics = self.losses(batch)
+        loss, metrics = self(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
+        several = world_size() > 1
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # other steps are not written
             for name, value in metrics.items():
-                self.log(name, value, prog_bar=False)
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+                self.log(name, value, prog_bar=False, sync_dist=several)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=several)
+        return self._weighted(loss, batch)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns ``losses``; called as a module, so that sharded weights are gathered around it."""
+        return self.losses(batch)
+
+    def _weighted(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the mean ``loss`` of a batch times the share of its tokens that count (``loss_mask`` [B, L]).
+
+        A step averages over its batches, of all processes. That is the mean over tokens as long as every batch counts
+        equally many; otherwise ``_normalise_by_tokens`` makes it so, once the step's counts are known.
+        """
+        mask = batch.get("loss_mask")
+        if mask is None:
+            return loss
+        share = mask.to(loss.dtype).mean()
+        self._counted.append(share)
+        return loss * share
+
+    def _normalise_by_tokens(self, parameters: list[nn.Parameter]) -> None:
+        """Scales gradients from a mean over batches of Σ over tokens to one Σ over tokens by their number."""
+        if not self._counted:
+            return
+        batches = len(self._counted) * world_size()
+        shares = sum_over_processes(torch.stack(self._counted).sum())
+        factor = batches / shares.clamp_min(torch.finfo(shares.dtype).tiny)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(float(factor))
+        self._counted = []
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
@@ -324,7 +381,6 @@ class EndToEndModule(RecoveryModule):
             ``FULL_RATE_KL`` or above, and fall with the root of its KL below: the noise of Adam's steps is a KL of its
             own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
             2K tokens at full rates took a student from .006 to .038.
-        checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
         ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
         divergence: in place of the KL, another comparison of the distributions; may include the text's next tokens.
         cache: what the teacher says of every row; it then does not run. ``hidden_weight`` must be 0.
@@ -346,13 +402,11 @@ class EndToEndModule(RecoveryModule):
         divergence: Divergence = Divergence(),  # noqa: B008 (frozen)
         ema: float = 0.0,
         cache: TeacherCache | None = None,
-        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
         assert cache is None or hidden_weight == 0, "layers are compared with a teacher that runs"
         self.average = WeightAverage(ema) if ema > 0 else None
         self.initial_kl, self.divergence, self.cache = initial_kl, divergence, cache
-        self.checkpoint_activations = checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
 
@@ -410,10 +464,7 @@ class EndToEndModule(RecoveryModule):
         """
         errors = []
         for number, layer in enumerate(self.student.layers[self.first :]):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False)
-            else:
-                x = layer(x, context)
+            x = layer(x, context)
             if targets:
                 errors.append(normalised_error(x, targets[number]))
         return self.student.norm(x), errors
