@@ -11,7 +11,9 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from tpa_train.distillation.modules import EndToEndModule, LayerwiseModule, OptimizerSettings
+from tpa_train.distillation.end_to_end import EndToEndModule
+from tpa_train.distillation.layerwise import LayerwiseModule
+from tpa_train.distillation.modules import OptimizerSettings
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import LoggerSettings

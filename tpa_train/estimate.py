@@ -17,7 +17,8 @@ import torch
 
 from tpa_train.checkpoints import open_checkpoint
 from tpa_train.checkpoints.weights import parameter_shapes
-from tpa_train.distillation.modules import SCOPES, LayerwiseModule
+from tpa_train.distillation.layerwise import LayerwiseModule
+from tpa_train.distillation.modules import SCOPES
 from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_probes
 from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.config import Gemma3Config

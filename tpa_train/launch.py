@@ -20,16 +20,8 @@ from tpa_train.evaluation.suites import Evaluator, greedy_samples
 from tpa_train.factorization.sensitivity import Probe
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.interrupts import Interrupted, InterruptHandler, SaveAndStop
-from tpa_train.pipeline import (
-    Measured,
-    Session,
-    StageCost,
-    check_against_model,
-    factorize_model,
-    measure_layer_errors,
-    model_path,
-    recover,
-)
+from tpa_train.pipeline import Measured, Session, StageCost, check_against_model, factorize_model, model_path
+from tpa_train.recovery import measure_layer_errors, recover
 from tpa_train.results import (
     REPORTED_AS,
     load_factorized,

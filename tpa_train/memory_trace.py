@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tpa_train.checkpoints.weights import parameter_shapes
+from tpa_train.distillation.end_to_end import EndToEndModule
 from tpa_train.distillation.losses import CHUNK_BYTES
-from tpa_train.distillation.modules import EndToEndModule, RecoveryModule
+from tpa_train.distillation.modules import RecoveryModule
 from tpa_train.evaluation.metrics import compare_tokens
 from tpa_train.factorization.calibration import CalibrationModule
 from tpa_train.gemma3.config import Gemma3Config

@@ -16,7 +16,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tpa_train.distillation.modules import EndToEndModule, RecoveryModule
+from tpa_train.distillation.end_to_end import EndToEndModule
+from tpa_train.distillation.modules import RecoveryModule
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.trainers import Machine

@@ -11,14 +11,9 @@ from random_models import random_model, small_config, student_of, tokens
 from torch.utils.data import DataLoader
 
 from tpa_train.distillation.divergence import Divergence
-from tpa_train.distillation.modules import (
-    EndToEndModule,
-    LayerwiseModule,
-    OptimizerSettings,
-    next_tokens,
-    schedule,
-    trainable_names,
-)
+from tpa_train.distillation.end_to_end import EndToEndModule, next_tokens
+from tpa_train.distillation.layerwise import LayerwiseModule
+from tpa_train.distillation.modules import OptimizerSettings, schedule, trainable_names
 from tpa_train.errors import UserError
 
 CONVERTED = [2, 4, 5]

@@ -16,7 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
 
 from tpa_train.benchmarks.scaling import ScalingSettings, measure  # noqa: E402
 from tpa_train.cli import run_main  # noqa: E402
-from tpa_train.distillation.modules import EndToEndModule, OptimizerSettings  # noqa: E402
+from tpa_train.distillation.end_to_end import EndToEndModule  # noqa: E402
+from tpa_train.distillation.modules import OptimizerSettings  # noqa: E402
 from tpa_train.distributed import processes  # noqa: E402
 from tpa_train.distributed.launching import joined, one_voice  # noqa: E402
 from tpa_train.distributed.sharding import gather_models, whole, wrapped_forwards  # noqa: E402

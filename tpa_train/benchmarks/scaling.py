@@ -25,7 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from tpa_train.cli import choose_device
-from tpa_train.distillation.modules import SCOPES, EndToEndModule
+from tpa_train.compilation import stage_forwards
+from tpa_train.distillation.end_to_end import EndToEndModule
+from tpa_train.distillation.modules import SCOPES
 from tpa_train.distributed.launching import joined, launch, one_voice
 from tpa_train.distributed.processes import from_first, gathered, rank, world_size
 from tpa_train.distributed.sharding import share_modules
@@ -33,7 +35,6 @@ from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.gemma3.config import SIZES, Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import layer_forwards
 from tpa_train.settings import DistillSettings, TrainerSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
@@ -149,7 +150,7 @@ def measure(settings: ScalingSettings, strategy: str) -> dict[str, Any]:
     clock = Clock(machine, settings.warmup)
     sharded = machine.strategy == "fsdp2"
     machine.reset_peak()
-    with tempfile.TemporaryDirectory() as folder, layer_forwards(options, teacher, student, sharded):
+    with tempfile.TemporaryDirectory() as folder, stage_forwards(module, options, sharded):
         trainer = make_trainer(machine, Path(folder), total, callbacks=[clock], sharded=sharded)
         trainer.fit(module, DataLoader(rows, batch_size=settings.batch_size))
     return {
