@@ -115,6 +115,8 @@ class Throughput(L.Callback):
         # The first batch compiles and warms up: rates begin with the second. Without waiting for the device: over a
         # few batches it keeps step with the host.
         self._ends.append(time.perf_counter())
+        if trainer.global_step % trainer.log_every_n_steps:
+            return  # nothing is written, and to log a number is to wait for the device
         pl_module.log("peak_gib", self.machine.peak_gib(), batch_size=rows)
         if len(self._ends) < 2:
             return
