@@ -49,12 +49,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
-def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
-    """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode, on the CPU.
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Gemma3ForCausalLM:
+    """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode.
 
     Args:
         path: a ``.gguf`` or ``.ckpt`` file, or a Hugging Face folder.
-        dtype: of the weights in memory, whatever the file stores.
+        dtype: of the weights in memory, whatever the file stores; a vision side keeps the type that it is stored in.
+        device: where the weights go, one tensor after the other.
 
     Returns:
         The model, with ``model.tokenizer`` (None if the checkpoint has no SentencePiece model) and ``model.source``.
@@ -62,7 +65,7 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32) -> Gem
     Raises:
         UserError: the checkpoint is missing, damaged, of another family, or its weights do not fit together.
     """
-    return build_model(open_checkpoint(path), dtype)
+    return build_model(open_checkpoint(path), dtype, device)
 
 
 def _in_folder(folder: Path) -> Path:
