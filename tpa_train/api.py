@@ -125,6 +125,7 @@ def export(
         layers=layer_rows(student),
         source=source.description if source is not None else "",
         weights_quantized=bool(source is not None and source.weights_quantized),
+        multimodal=student.config.vision is not None,
     )
     origin = str(Path(source.path).resolve()) if source is not None else None
     return export_model(student, out, dtype, model_card(report), origin, check_ids)

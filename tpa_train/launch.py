@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from tpa_train.checkpoints.export import export_model
+from tpa_train.data.rows import collate_rows, shortened
 from tpa_train.errors import UserError
 from tpa_train.evaluation.report import model_card, write_report
 from tpa_train.evaluation.suites import Evaluator, greedy_samples
@@ -144,15 +146,16 @@ class Run:
     def _expected_time(self) -> str:
         """A rough estimate from one measured forward pass of the layers on this machine."""
         session, recipe = self.session, self.settings.recipe
-        ids = session.data.train_dataset[0]["token_ids"][None, :1024].to(session.machine.device)
         model = session.teacher
+        batch = shortened(collate_rows([session.data.train_dataset[0]]), 1024, session.config.vision)
+        batch = {name: tensor.to(session.machine.device) for name, tensor in batch.items()}
         with torch.no_grad(), session.machine.autocast():
             for _ in range(2):  # the first one warms up
                 start = time.perf_counter()
-                model.run_layers(model.embed(ids), model.context(ids))
+                model.run_layers(*model.begin(batch))
                 if session.machine.device.type == "cuda":
                     torch.cuda.synchronize()
-        per_token = (time.perf_counter() - start) / ids.shape[1]
+        per_token = (time.perf_counter() - start) / batch["token_ids"].shape[1]
         body = sum(p.numel() for n, p in model.named_parameters() if n.startswith("layers."))
         head = model.head_weight.numel() / body  # the head's cost beside the layers'
         evaluation = self.settings.evaluation
@@ -196,6 +199,7 @@ class Run:
         say(
             f"{name:>10}  perplexity {result.perplexity:.3f} (teacher {result.teacher_perplexity:.3f})  "
             f"KL {result.kl:.4f}  top-1 {result.top1:.4f}" + (f"  copy {copies}" if copies else "")
+            + (f"  image tokens: KL {images['kl']:.4f}" if (images := result.image_tokens) else "")
         )
 
     def _factorize(self) -> None:
@@ -284,11 +288,18 @@ class Run:
             if not export.exists():
                 export_model(
                     self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
-                    check_ids=self.session.data.heldout_rows(512, min(512, s.trainer.context))[0]["token_ids"][None],
+                    check_ids=check_batch(self.session),
                 )  # fmt: skip
             written = write_report(self.folder.path, report)
             say(f"\nreport  {written}\nexport  {export}")
         return self.folder.path / "report.md"
+
+
+def check_batch(session: Session) -> dict[str, Tensor]:
+    """Returns one held-out row, of at most 512 tokens or one image more, that the export is compared on."""
+    vision, context = session.config.vision, session.settings.trainer.context
+    least = 512 + (0 if vision is None else vision.tokens_per_image)
+    return collate_rows([session.data.heldout_rows(512, min(least, context))[0]])
 
 
 def make_evaluator(session: Session) -> Evaluator:

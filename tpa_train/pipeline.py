@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.data.datamodule import PackedDataModule
+from tpa_train.data.image_text import ImageTextDataModule
+from tpa_train.data.rows import collate_rows, shortened
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
@@ -92,7 +94,7 @@ class Session:
     def teacher(self) -> Gemma3ForCausalLM:
         model = self.loaded
         if model is None:
-            model = load_pretrained(model_path(self.settings), dtype=self.machine.dtype)
+            model = load_pretrained(model_path(self.settings), self.machine.dtype, self.machine.device)
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
@@ -109,12 +111,16 @@ class Session:
     @cached_property
     def data(self) -> PackedDataModule:
         trainer, calibration = self.settings.trainer, self.settings.recipe.calibration
-        module = PackedDataModule(
+        kind, options = PackedDataModule, {}
+        if self.settings.data.kind == "image_text":
+            kind, options = ImageTextDataModule, {"vision": self.config.vision}
+        module = kind(
             self.settings.data,
             self.teacher.tokenizer,
             trainer.context,
             trainer.batch_size,
             stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
+            **options,
         )
         module.prepare_data()
         module.setup()
@@ -191,6 +197,8 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
     """
     budget = settings.budget
     validate_budget(config, budget_of(settings, config))
+    if settings.data.kind == "image_text" and config.vision is None:
+        raise UserError("data=image_text needs a multimodal model, but this one is text-only; use data=text.")
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
         ("evaluation.context", settings.evaluation.context),
@@ -231,13 +239,17 @@ def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCo
     return calibration, StageCost(calibration.tokens, seconds, peak)
 
 
-def sensitivity_text(session: Session) -> Tensor:
-    """Returns the text [B, L] on which sensitivities are measured: not what the directions were calibrated on."""
+def sensitivity_text(session: Session) -> dict[str, Tensor]:
+    """Returns what sensitivities are measured on, ``token_ids`` [B, L]: not what the directions were calibrated on.
+
+    Rows are read as one text each; images come with theirs.
+    """
     rows = session.data.rows_of("distill")
     tokens = session.settings.recipe.calibration.sensitivity_tokens
     dataset, context = session.data.train_dataset, session.data.context
-    ids = torch.stack([dataset[int(i)]["token_ids"] for i in rows[: max(1, tokens // context)]])
-    return ids[:, : max(1, tokens // len(ids))].to(session.machine.device)
+    chosen = [dataset[int(i)] for i in rows[: max(1, tokens // context)]]
+    batch = shortened(collate_rows(chosen), max(1, tokens // len(chosen)), session.config.vision)
+    return {k: batch[k].to(session.machine.device) for k in ("token_ids", "images") if k in batch}
 
 
 def measure(
@@ -377,11 +389,16 @@ def factorize_model(
 
 def measure_layer_errors(session: Session, student: Gemma3ForMultimodalLMwithTPA) -> dict[int, float]:
     """Returns each converted attention's output error on held-out rows (``distillation.modules.layer_errors``)."""
-    rows = session.data.heldout_rows(2 * session.data.context)
-    keys = ("token_ids", "document_ids")
-    batch = {k: torch.stack([rows[i][k] for i in range(len(rows))]).to(session.machine.device) for k in keys}
+    batch = heldout_batch(session)
     with torch.no_grad(), session.machine.autocast():
         return {i: float(error) for i, error in layer_errors(session.teacher, student, batch).items()}
+
+
+def heldout_batch(session: Session) -> dict[str, Tensor]:
+    """Returns two held-out rows on the machine's device, as one batch."""
+    rows = session.data.heldout_rows(2 * session.data.context)
+    batch = collate_rows([rows[i] for i in range(len(rows))])
+    return {name: tensor.to(session.machine.device) for name, tensor in batch.items()}
 
 
 def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, stage: str) -> RecoveryModule:
@@ -391,10 +408,9 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
         errors = measure_layer_errors(session, student)
         return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
     distill = recipe.distill
-    rows = session.data.heldout_rows(2 * session.data.context)
-    ids = torch.stack([rows[i]["token_ids"] for i in range(len(rows))]).to(session.machine.device)
+    batch = {k: t for k, t in heldout_batch(session).items() if k != "document_ids"}
     with session.machine.autocast():
-        initial_kl = output_kl(session.teacher, student, ids)
+        initial_kl = output_kl(session.teacher, student, batch)
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,

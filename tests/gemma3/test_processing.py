@@ -140,9 +140,9 @@ def test_images_come_before_a_text_that_does_not_place_them():
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
     tokenizer = CharacterTokenizer()
-    with pytest.raises(UserError, match="has 1 <start_of_image>, but 2 images were given"):
+    with pytest.raises(UserError, match="has 1 <start_of_image>, but 2 images came"):
         encode_prompt(tokenizer, VISION, "<start_of_image>", [picture(), picture()])
-    with pytest.raises(UserError, match="has 2 <start_of_image>, but 0 images were given"):
+    with pytest.raises(UserError, match="has 2 <start_of_image>, but 0 images came"):
         encode_prompt(tokenizer, VISION, "<start_of_image><start_of_image>")
     with pytest.raises(UserError, match="there is no image at .*none.png"):
         open_image(tmp_path / "none.png")

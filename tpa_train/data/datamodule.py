@@ -24,6 +24,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from tpa_train.data.packed import texts_twice, tokens_without_bos
 from tpa_train.data.packing import PackedDataset, PackedStream, TokenizerLike, pack
+from tpa_train.data.rows import collate_rows
 from tpa_train.data.settings import DataSettings
 from tpa_train.errors import UserError, nearest
 
@@ -128,6 +129,11 @@ class PackedDataModule(lightning.LightningDataModule):
             self._train = PackedDataset(stream, self.context, self.settings.join_documents)
 
     @property
+    def fingerprint(self) -> str:
+        """Of everything that decided the text and its order."""
+        return PackedStream(self.folder).manifest.fingerprint
+
+    @property
     def train_dataset(self) -> PackedDataset:
         """All training rows, whatever the stage."""
         self.setup()
@@ -191,6 +197,7 @@ class PackedDataModule(lightning.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.settings.num_workers,
+            collate_fn=collate_rows,
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle,
         )
@@ -209,7 +216,7 @@ class PackedDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What decides the order of rows; Lightning stores it in every checkpoint."""
         return {
-            "data": PackedStream(self.folder).manifest.fingerprint,
+            "data": self.fingerprint,
             "context": self.context,
             "seed": self.settings.seed,
             "stage": self.stage,

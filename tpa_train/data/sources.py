@@ -59,8 +59,10 @@ def make_source(settings: DataSettings) -> Source:
         UserError: ``data.kind`` is unknown, or an option that it needs is missing, or one is given that it ignores.
     """
     for option, kind in (("path", "text"), ("name", "hub")):
-        if settings.kind in KINDS and settings.kind != kind and getattr(settings, option):
+        if settings.kind in KINDS and settings.kind not in (kind, "image_text") and getattr(settings, option):
             raise UserError(f"data.{option} is only read with data.kind={kind}; set that, or remove data.{option}.")
+    if settings.kind == "image_text":
+        raise UserError("data.kind=image_text is images with text, which only scripts/train.py reads; use text here.")
     if settings.kind == "python_docs":
         return PythonDocs(settings.seed)
     if settings.kind == "text":
@@ -231,21 +233,8 @@ class TextFiles(Source):
         yield from (p.strip() for p in pieces if p.strip())
 
     def _jsonl(self, file: Path, data: BinaryIO) -> Iterator[str]:
-        for number, line in enumerate(data, start=1):
-            where = f"data.path: line {number} of {file}"
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                raise UserError(f"{where} is not UTF-8 ({e.reason}); convert it, e.g. with iconv -t UTF-8.") from e
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(f"{where} is not JSON ({e.msg} at column {e.colno}); mend or remove it.") from e
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is a {type(row).__name__}, not an object with a '{self.text_key}' field.")
-            if document := _field(row, self.text_key, where):
+        for where, row in _objects(file, data, self.text_key):
+            if document := field_of(row, self.text_key, where):
                 yield document
 
     def _parquet(self, file: Path, before: int) -> Iterator[str]:
@@ -258,12 +247,13 @@ class TextFiles(Source):
             table = pq.ParquetFile(file)
             keys = table.schema_arrow.names
             if self.text_key not in keys:
-                _field(dict.fromkeys(keys), self.text_key, f"data.path: {file}")
+                field_of(dict.fromkeys(keys), self.text_key, f"data.path: {file}")
             rows = 0
             for batch in table.iter_batches(batch_size=256, columns=[self.text_key]):
                 for document in batch.column(0).to_pylist():
                     rows += 1
-                    if document := _field({self.text_key: document}, self.text_key, f"data.path: row {rows} of {file}"):
+                    where = f"data.path: row {rows} of {file}"
+                    if document := field_of({self.text_key: document}, self.text_key, where):
                         size = self._before[self.files.index(file) + 1] - before
                         self._read = before + size * rows // max(1, table.metadata.num_rows)
                         yield document
@@ -306,6 +296,37 @@ def find_files(path: Any) -> list[Path]:
     return list(found)
 
 
+def jsonl_rows(file: Path) -> Iterator[tuple[str, dict]]:
+    """Yields every line of a .jsonl file as (what to call it in messages, object).
+
+    Raises:
+        UserError: the file cannot be read, or a line is not an object.
+    """
+    try:
+        with open(file, "rb") as data:
+            yield from _objects(file, data, "text")
+    except OSError as e:
+        raise UserError(f"data.path: {file} cannot be read ({e.strerror or e}).") from e
+
+
+def _objects(file: Path, data: BinaryIO, key: str) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(data, start=1):
+        where = f"data.path: line {number} of {file}"
+        try:
+            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where} is not UTF-8 ({e.reason}); convert it, e.g. with iconv -t UTF-8.") from e
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where} is not JSON ({e.msg} at column {e.colno}); mend or remove it.") from e
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is a {type(row).__name__}, not an object with a '{key}' field.")
+        yield where, row
+
+
 def extension(path: Path) -> str:
     """Returns which of EXTENSIONS the file's name ends in, or an empty string."""
     name = path.name.lower()
@@ -327,7 +348,7 @@ def _paragraph_end(text: str, target: int) -> int:
     return target
 
 
-def _field(row: dict, key: str, where: str) -> str:
+def field_of(row: dict, key: str, where: str) -> str:
     """Returns the text in ``row[key]``, empty for null.
 
     Raises:
@@ -358,28 +379,38 @@ class Hub(Source):
         return {"kind": "hub", "name": self.name, "subset": self.subset, "split": self.split, "text_key": self.text_key}
 
     def __iter__(self) -> Iterator[str]:
-        try:
-            import datasets
-        except ImportError as e:
-            raise UserError("data.kind=hub needs the datasets library; install it with pip install datasets.") from e
-        where = f"data.name={self.name}" + (f" (data.subset={self.subset})" if self.subset else "")
-        try:
-            rows = iter(datasets.load_dataset(self.name, self.subset, split=self.split, streaming=True))
-        except ValueError as e:  # unknown subset or split: the library's message lists the valid ones
-            raise UserError(f"{where}, data.split={self.split}: {' '.join(str(e).split())}") from e
-        except Exception as e:  # the library's network errors come from half a dozen packages
-            raise UserError(_unreachable(where, e)) from e
-        number = 0
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as e:
-                raise UserError(_unreachable(f"{where}, row {number + 1}", e)) from e
-            number += 1
-            if document := _field(row, self.text_key, f"{where}, row {number},"):
+        for where, row in hub_rows(self.name, self.subset, self.split):
+            if document := field_of(row, self.text_key, where):
                 yield document
+
+
+def hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[str, dict]]:
+    """Yields a data set's rows, streamed, as (what to call the row in messages, row).
+
+    Raises:
+        UserError: the library is missing, the data set is unknown, or the hub cannot be reached.
+    """
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError("data.name= needs the datasets library; install it with pip install datasets.") from e
+    where = f"data.name={name}" + (f" (data.subset={subset})" if subset else "")
+    try:
+        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
+    except ValueError as e:  # unknown subset or split: the library's message lists the valid ones
+        raise UserError(f"{where}, data.split={split}: {' '.join(str(e).split())}") from e
+    except Exception as e:  # the library's network errors come from half a dozen packages
+        raise UserError(_unreachable(where, e)) from e
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as e:
+            raise UserError(_unreachable(f"{where}, row {number + 1}", e)) from e
+        number += 1
+        yield f"{where}, row {number},", row
 
 
 def _unreachable(where: str, error: BaseException) -> str:

@@ -52,7 +52,7 @@ def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) ->
 
     ``factors``: those that conversion introduced; ``attention``: the converted layers' attention; ``above``: every
     layer from the first converted one up (the others' forward is then shared with the teacher); ``all``: everything
-    but the embedding.
+    but the embedding and the vision side.
 
     Raises:
         UserError: the scope is unknown.
@@ -72,7 +72,7 @@ def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) ->
             return layer in converted and ".self_attn." in name
         if scope == "above":
             return name == "norm.weight" or (layer is not None and layer >= min(converted))
-        return scope == "all" and name != "embed_tokens.weight"
+        return scope == "all" and name != "embed_tokens.weight" and not name.startswith("vision.")
 
     return [name for name, _ in student.named_parameters() if learns(name)]
 
@@ -192,12 +192,12 @@ def layer_errors(
     the post-attention norm, lowered the error in every layer of the 270M and raised the KL.
 
     Args:
-        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L]; ``images`` (``model.begin``).
     """
     ids, layers = batch["token_ids"], student.converted_layers
     with torch.no_grad(), capture_attention(teacher, layers) as records:
-        context = teacher.context(ids, batch.get("document_ids"))
-        teacher.run_layers(teacher.embed(ids), context, stop=layers[-1] + 1)
+        x, context = teacher.begin(batch)
+        teacher.run_layers(x, context, stop=layers[-1] + 1)
     errors = {}
     for index, record in records.items():
         root = student.output_metrics.get(index)
@@ -278,11 +278,10 @@ class EndToEndModule(RecoveryModule):
         return self.hidden_weight * max(0.0, 1.0 - progress)
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, documents = batch["token_ids"], batch.get("document_ids")
-        weight = self._decayed_weight()
+        ids, weight = batch["token_ids"], self._decayed_weight()
         with torch.no_grad():
-            context = self.teacher.context(ids, documents)
-            shared = self.teacher.run_layers(self.teacher.embed(ids), context, stop=self.first)
+            x, context = self.teacher.begin(batch)
+            shared = self.teacher.run_layers(x, context, stop=self.first)
         # Nothing below the first learning layer differs, so both continue from the same residual stream.
         x_teacher = x_student = shared
         hidden_error = shared.new_zeros(())

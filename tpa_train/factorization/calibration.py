@@ -141,7 +141,7 @@ def squared_attention_received(
         k, v = attention.write(x, rotary)
     with torch.enable_grad():
         probe = torch.zeros_like(v).requires_grad_()
-        out = attend(q, k, probe, attention.config.scale, attention.window, context.documents)
+        out = attend(q, k, probe, attention.config.scale, attention.window, context.documents, context.images)
         signs = torch.randint(0, 2, out.shape, generator=generator, device=out.device, dtype=torch.int8)
         (gradient,) = torch.autograd.grad(out, probe, (2 * signs - 1).to(out.dtype))
     return gradient.to(accumulation_dtype(gradient.dtype)).square().mean(-1)
@@ -297,8 +297,8 @@ class CalibrationModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         ids = batch["token_ids"]
         with torch.no_grad():
-            context = self.model.context(ids, batch.get("document_ids"))
-            x = self.model.run_layers(self.model.embed(ids), context, stop=self.layers[0])
+            x, context = self.model.begin(batch)
+            x = self.model.run_layers(x, context, stop=self.layers[0])
         with probes(self.model.layers, self.layers) as records, torch.enable_grad():
             x = self.model.run_layers(x.requires_grad_(), context, start=self.layers[0])
             # Every so-many-th position's label, weighted up: the head costs more than the layers of a small model.

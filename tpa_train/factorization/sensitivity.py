@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +72,11 @@ class OutputDivergence:
 
 @torch.no_grad()
 def measure_sensitivity(
-    model: Gemma3ForCausalLM, bases: Bases, probes: Iterable[Probe], token_ids: Tensor, every: int = 4
+    model: Gemma3ForCausalLM,
+    bases: Bases,
+    probes: Iterable[Probe],
+    text: Tensor | Mapping[str, Tensor],
+    every: int = 4,
 ) -> dict[Probe, float]:
     """Returns the output KL (nats a token) of each probe.
 
@@ -82,41 +86,45 @@ def measure_sensitivity(
         model: the dense model.
         bases: directions of all probed layers.
         probes: what to change, one at a time.
-        token_ids: text [B, L].
+        text: token ids [B, L], or a batch as ``model.begin`` takes it.
         every: the KL is taken at every so-many-th position; the head costs more than the layers.
     """
     probes = sorted(set(probes))
     if not probes:
         return {}
-    context = model.context(token_ids)
-    residuals = [model.embed(token_ids)]
+    x, context = model.begin(text)
+    residuals = [x]
     for index in range(model.config.num_layers):
         residuals.append(model.run_layers(residuals[-1], context, index, index + 1))
-    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
+    pick = slice(min(every, x.shape[1]) - 1, None, every)
 
     def final(residual: Tensor) -> Tensor:
         return model.norm(residual)[:, pick].flatten(0, 1)
 
-    with torch.autocast(token_ids.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
     result: dict[Probe, float] = {}
     for probe in tqdm(probes, desc="measuring sensitivities", unit="probe", leave=False):
         changed = changed_layer(model, bases, probe)
         x = changed(residuals[probe.layer], context)
         hidden = final(model.run_layers(x, context, probe.layer + 1))
-        with torch.autocast(token_ids.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             result[probe] = divergence(hidden)
     return result
 
 
 @torch.no_grad()
 def output_kl(
-    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, token_ids: Tensor, every: int = 4
+    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, text: Tensor | Mapping[str, Tensor], every: int = 4
 ) -> float:
-    """Returns KL(model ‖ student) in nats a token on text [B, L], at every so-many-th position."""
-    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
-    teacher, changed = (m.hidden_states(token_ids)[:, pick].flatten(0, 1) for m in (model, student))
-    with torch.autocast(token_ids.device.type, enabled=False):
+    """Returns KL(model ‖ student) in nats a token on ``text``, at every so-many-th position.
+
+    ``text``: token ids [B, L], or a batch as ``model.begin`` takes it.
+    """
+    x, context = model.begin(text)  # the student's too: it shares the embedding and the vision side
+    pick = slice(min(every, x.shape[1]) - 1, None, every)
+    teacher, changed = (m.norm(m.run_layers(x, context))[:, pick].flatten(0, 1) for m in (model, student))
+    with torch.autocast(teacher.device.type, enabled=False):
         return float(linear_kl(changed, teacher, student.head_weight, model.head_weight)[0])
 
 

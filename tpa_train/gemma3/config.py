@@ -69,7 +69,9 @@ class Gemma3Config:
         return context if self.is_global(layer) else min(context, self.sliding_window)
 
     def to_dict(self) -> dict:
-        return {**dataclasses.asdict(self), "layer_kinds": list(self.layer_kinds)}
+        """Returns plain values for JSON; a text-only model has no key ``vision``."""
+        values = {**dataclasses.asdict(self), "layer_kinds": list(self.layer_kinds)}
+        return {k: v for k, v in values.items() if k != "vision" or v is not None}
 
     @classmethod
     def from_dict(cls, values: dict) -> Gemma3Config:

@@ -164,19 +164,29 @@ def encode_prompt(
                 "this model is text-only: it cannot be given images; use a multimodal one (4B, 12B, 27B)."
             )
         return tokenizer.encode(text, bos=bos), None
-    if images and START_OF_IMAGE not in text:
-        text = START_OF_IMAGE * len(images) + text
-    pieces = text.split(START_OF_IMAGE)
-    if len(pieces) - 1 != len(images):
-        raise UserError(
-            f"the text has {len(pieces) - 1} {START_OF_IMAGE}, but {len(images)} images were given with it; give one "
-            "image for each."
-        )
+    pieces = pieces_around(text, len(images))
     if not images:
         return tokenizer.encode(text, bos=bos), None
     processor = ImageProcessor(config)
     views = [processor.views(image, pan_and_scan) for image in images]
     return place_images(tokenizer, config, pieces, [len(v) - 1 for v in views], bos), torch.cat(views)
+
+
+def pieces_around(text: str, images: int, where: str = "the prompt") -> list[str]:
+    """Returns the stretches of ``text`` before, between and after its images; a text that places none follows them.
+
+    Raises:
+        UserError: the text places another number of images.
+    """
+    if images and START_OF_IMAGE not in text:
+        return [""] * images + [text]
+    pieces = text.split(START_OF_IMAGE)
+    if len(pieces) - 1 != images:
+        raise UserError(
+            f"{where} has {len(pieces) - 1} {START_OF_IMAGE}, but {images} image{'s' * (images != 1)} came with it; "
+            "give one image for each."
+        )
+    return pieces
 
 
 def place_images(

@@ -177,7 +177,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         path = find_default() if path is None else path
         checkpoint = open_checkpoint(path)
         ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
-        different = [key for key in ours if key != "vision" and theirs[key] != ours[key]]
+        different = [key for key in ours if key != "vision" and theirs.get(key) != ours[key]]
         other = [f"{key}={theirs[key]}, not {ours[key]}" for key in different]
         if other:
             raise UserError(f"{path} holds a model of other sizes than this one was built with: {'; '.join(other)}.")
