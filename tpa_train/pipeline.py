@@ -38,6 +38,7 @@ from tpa_train.factorization.calibration import Calibration, CalibrationModule
 from tpa_train.factorization.latent import output_metric
 from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
+from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
@@ -94,11 +95,18 @@ class Session:
     def teacher(self) -> Gemma3ForCausalLM:
         model = self.loaded
         if model is None:
-            model = load_pretrained(model_path(self.settings), self.machine.dtype, self.machine.device)
+            where = "cpu" if self.settings.trainer.offload else self.machine.device
+            model = load_pretrained(model_path(self.settings), self.machine.dtype, where)
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
-        return model.requires_grad_(False).to(self.machine.device)
+        model.requires_grad_(False)
+        if not self.settings.trainer.offload:
+            return model.to(self.machine.device)
+        for part in (model.embed_tokens, model.norm, model.vision):  # the layers are lent to the device as they compute
+            if part is not None:
+                part.to(self.machine.device)
+        return model
 
     @property
     def config(self) -> Gemma3Config:
@@ -169,6 +177,8 @@ def check_settings(settings: RunSettings) -> None:
             raise UserError(f"recipe.stages: '{stage}' is no stage{nearest(stage, STAGES)}")
     if not recipe.stages or recipe.stages[0] != "factorize":
         raise UserError("recipe.stages must begin with factorize: there is nothing to recover before it.")
+    if trainer.offload and (recipe.stages != ["factorize"] or trainer.devices != 1 or trainer.num_nodes != 1):
+        raise UserError("trainer.offload=true is for recipe=factorize on one device: training needs the layers there.")
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
@@ -226,6 +236,14 @@ def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]
 
 def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCost]:
     """Gathers the moments of ``layers`` in one pass of the Trainer over the calibration rows."""
+    if session.settings.trainer.offload:
+        batches, seed = session.data.calibration_dataloader(), session.settings.seed
+
+        def stream() -> Calibration:
+            return calibrate_streaming(session.teacher, batches, layers, device=session.machine.device, seed=seed)
+
+        calibration, seconds, peak = timed(session.machine, stream)
+        return calibration, StageCost(calibration.tokens, seconds, peak)
     module = CalibrationModule(session.teacher, layers, seed=session.settings.seed)
     trainer = make_trainer(session.machine, session.folder)
     loader = session.data.calibration_dataloader()

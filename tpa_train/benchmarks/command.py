@@ -20,6 +20,7 @@ from tpa_train.evaluation.report import table
 PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
+    "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }

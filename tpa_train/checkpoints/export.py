@@ -1,8 +1,8 @@
 """The native inference folder: written whole or not at all, checked against the student that it came from.
 
     config.json         format version, architecture, one specification a layer, source of the weights
-    model.safetensors   every parameter by its state-dict name (the head is tied to the embedding); of a large model several
-                        files and an index, so that a model is never held twice
+    model.safetensors   every parameter by its state-dict name (the head is tied to the embedding); of a large model
+                        several files and an index, so that it is never held twice
     tokenizer.model     SentencePiece model
     README.md           model card
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tpa_train.checkpoints.shards import StoredWeights, nbytes, write_weights
+from tpa_train.checkpoints.shards import SHARD_BYTES, StoredWeights, nbytes, write_weights
 from tpa_train.errors import UserError
 from tpa_train.evaluation.metrics import compare_tokens
 from tpa_train.gemma3.config import Gemma3Config
@@ -41,6 +41,7 @@ def export_model(
     card: str = "",
     source_path: str | None = None,
     check_ids: Tensor | Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes the inference folder of ``student`` and proves that it computes what the student computes.
 
@@ -52,6 +53,7 @@ def export_model(
         source_path: checkpoint that the model was made from, for ``scripts/evaluate.py``.
         check_ids: token ids int [1, L] for the comparison, or a batch as ``model.begin`` takes it; a fixed
             pseudo-random text when left out.
+        shard_bytes: of a file; models that need more are written in several.
 
     Returns:
         The folder.
@@ -86,7 +88,7 @@ def export_model(
     }
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_weights(partial, sizes, read)
+        write_weights(partial, sizes, read, shard_bytes)
         if student.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(student.tokenizer.model_proto)
         if card:

@@ -6,6 +6,9 @@ heads, d head_dim, F feed-forward size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,22 @@ from tpa_train.gemma3.config import Gemma3Config, LayerKind
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns float32 for half precisions, else ``dtype``: what norms, RoPE and the residual stream compute in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Has the parameters of ``module`` on ``device`` inside the block; outside they are where they were.
+
+    The parameters stay the same objects, so models that share them see them move and return together.
+    """
+    kept = [(parameter, parameter.data) for parameter in module.parameters()]
+    try:
+        for parameter, tensor in kept:
+            parameter.data = tensor.to(device, non_blocking=True)
+        yield
+    finally:
+        for parameter, tensor in kept:
+            parameter.data = tensor
 
 
 class Linear(nn.Linear):

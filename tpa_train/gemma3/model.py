@@ -19,7 +19,7 @@ from tpa_train.gemma3.attention import Attention, AttentionContext, Documents
 from tpa_train.gemma3.cache import KVCache
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.images import ImageBlocks, image_blocks, populate_image_embeddings
-from tpa_train.gemma3.layers import MLP, RMSNorm, accumulation_dtype
+from tpa_train.gemma3.layers import MLP, RMSNorm, accumulation_dtype, lent
 from tpa_train.gemma3.vision import VisionModel
 
 
@@ -34,7 +34,13 @@ class DecoderLayer(nn.Module):
             self.register_module(f"{name}_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Maps the residual stream [B, L, D] to the next one."""
+        """Maps the residual stream [B, L, D] to the next one.
+
+        A layer that waits in the host's memory (``trainer.offload``) is lent to the device of ``x`` meanwhile.
+        """
+        if self.mlp.gate_proj.weight.device != x.device:
+            with lent(self, x.device):
+                return self(x, context)
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 

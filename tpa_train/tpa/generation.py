@@ -53,7 +53,8 @@ def stream_ids(
 ) -> Iterator[Tensor]:
     """Yields the next token of every prompt, int64 [B] a step; other keyword arguments go to ``sample``.
 
-    Prompts of different lengths are padded on the left and see neither each other's padding nor positions.
+    Prompts of different lengths are padded on the left and see neither each other's padding nor positions. An image
+    token is never written: it stands for an image that is given.
     ``images``: of each prompt, as ``processing.encode_prompt`` returns them.
 
     Raises:
@@ -79,7 +80,10 @@ def stream_ids(
     for chunk in prefill_chunks(model, ids, images or []):
         hidden = model.hidden_states(**chunk, cache=cache)
     for step in range(max_tokens):
-        token = sample(model.logits(hidden[:, -1]), **sampling)
+        logits = model.logits(hidden[:, -1])
+        if model.vision is not None:
+            logits[:, model.config.vision.image_token_id :][:, :1] = -torch.inf  # nothing, where it is beyond them
+        token = sample(logits, **sampling)
         yield token
         if step + 1 < max_tokens:
             hidden = model.hidden_states(token[:, None], cache=cache)
