@@ -298,7 +298,9 @@ class EndToEndModule(RecoveryModule):
         with torch.no_grad():
             h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
         h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
-        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight)
+        # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
+        weights = None if context.images is None else context.images.text[:, pick].flatten()
+        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight, weights)
         metrics = {"kl": kl.detach()}
         if weight > 0:
             metrics["hidden_error"] = hidden_error.detach()

@@ -278,6 +278,8 @@ class CalibrationModule(L.LightningModule):
         seed: of the sampled labels and random signs.
         score_every: a label is sampled at every so-many-th position.
 
+    Image tokens count with their keys and values; their own outputs, which nobody reads, do not.
+
     After the pass ``result`` holds the ``Calibration``, summed over all processes.
     """
 
@@ -306,6 +308,8 @@ class CalibrationModule(L.LightningModule):
             hidden = self.model.norm(x)[:, every - 1 :: every].flatten(0, 1)
             with torch.autocast(self.device.type, enabled=False):
                 score = sampled_score(hidden.detach(), self.model.head_weight, self._generator) * every**0.5
+            if context.images is not None:
+                score = score * context.images.text[:, every - 1 :: every].flatten()[:, None]
             zeros = [p for i in self.layers for p in (records[i].key_probe, records[i].output_probe)]
             gradients = torch.autograd.grad(hidden, zeros, score)
         for index, keys, output in zip(self.layers, gradients[::2], gradients[1::2], strict=True):

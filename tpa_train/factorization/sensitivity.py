@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tpa_train.distillation.losses import chunk_tokens, head_logits, linear_kl
 from tpa_train.factorization.solutions import Bases, layer_factors
+from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import DecoderLayer, Gemma3ForCausalLM
@@ -99,7 +100,7 @@ def measure_sensitivity(
     pick = slice(min(every, x.shape[1]) - 1, None, every)
 
     def final(residual: Tensor) -> Tensor:
-        return model.norm(residual)[:, pick].flatten(0, 1)
+        return read_outputs(model.norm(residual), context, pick)
 
     with torch.autocast(x.device.type, enabled=False):
         divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
@@ -123,9 +124,15 @@ def output_kl(
     """
     x, context = model.begin(text)  # the student's too: it shares the embedding and the vision side
     pick = slice(min(every, x.shape[1]) - 1, None, every)
-    teacher, changed = (m.norm(m.run_layers(x, context))[:, pick].flatten(0, 1) for m in (model, student))
+    teacher, changed = (read_outputs(m.norm(m.run_layers(x, context)), context, pick) for m in (model, student))
     with torch.autocast(teacher.device.type, enabled=False):
         return float(linear_kl(changed, teacher, student.head_weight, model.head_weight)[0])
+
+
+def read_outputs(hidden: Tensor, context: AttentionContext, pick: slice) -> Tensor:
+    """Returns the final hidden states [N, D] at the positions ``pick`` of [B, L, D], less those of image tokens."""
+    hidden = hidden[:, pick]
+    return hidden.flatten(0, 1) if context.images is None else hidden[context.images.text[:, pick]]
 
 
 def changed_layer(model: Gemma3ForCausalLM, bases: Bases, probe: Probe) -> DecoderLayer:

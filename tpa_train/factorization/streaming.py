@@ -280,6 +280,9 @@ class _Streaming:
                     final = norm(x)[:, every - 1 :: every].flatten(0, 1)
                 labels = generator_for(self.device, self.seed, batch, None)
                 score = sampled_score(final.detach(), weight, labels) * every**0.5
+                images = self._context(batch).images
+                if images is not None:
+                    score = score * images.text[:, every - 1 :: every].flatten()[:, None]
                 self.stream[batch] = torch.autograd.grad(final, x, score)[0].cpu()
 
     def down(self, index: int, wanted: list[int], solve: Solve) -> tuple[dict[str, Tensor], LayerMoments] | None:

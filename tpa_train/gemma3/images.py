@@ -100,6 +100,11 @@ class ImageBlocks:
         """Rows and positions of all image tokens in reading order, two int [image tokens]."""
         return (self.ids >= 0).nonzero(as_tuple=True)
 
+    @property
+    def text(self) -> Tensor:
+        """Which tokens are text, bool [B, L]: what a model says at an image token nobody reads, nor was it trained."""
+        return self.ids < 0
+
     @cached_property
     def future(self) -> Tensor:
         """What an image's tokens see besides the causal past: bool [B, 1, L, L], later tokens of the same image."""
