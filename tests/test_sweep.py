@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import random_model, small_config, tokens
 from tiny_runs import files, send_signal_at, weights
 
 from tpa_train import launch, pipeline, sweep
@@ -236,23 +235,6 @@ def test_stopped_between_two_peers(swept, tmp_path, monkeypatch):
     assert resume(folder) == 0
     assert evaluated == ["int4"], "what was measured is not measured again"
     assert frontier(folder)["rows"] == frontier(swept.folder)["rows"]
-
-
-def test_the_next_job_gets_a_teacher_that_is_not_compiled():
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    config = small_config(num_layers=1, layer_kinds=("global",))
-    model, ids = random_model(config), tokens(config, 1, 5)
-    model.layers[0].compile(backend=backend)
-    compiled = model(ids)
-    assert graphs
-    graphs.clear()
-    sweep._forget_compiled(model)
-    assert model(ids).equal(compiled) and not graphs
 
 
 def test_jobs_that_were_not_measured_alike(tiny, options, tmp_path, monkeypatch):

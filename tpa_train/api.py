@@ -29,19 +29,22 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 _OF_RUNS = ("run_dir", "resume", "evaluation", "export", "logger", "model")
 
 
-def load_pretrained(path: str | Path = "gemma3_270m", dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
+def load_pretrained(
+    path: str | Path = "gemma3_270m", dtype: torch.dtype = torch.float32, adapter: str | Path | None = None
+) -> Gemma3ForCausalLM:
     """Loads an original Gemma 3, on the CPU.
 
     Args:
         path: a GGUF or gemma_pytorch file, a Hugging Face folder, or the name of a packaged model.
         dtype: of the weights in memory.
+        adapter: folder of a LoRA adapter to merge into the weights.
 
     Raises:
-        UserError: nothing is there, or it is not a readable Gemma 3.
+        UserError: nothing is there, it is not a readable Gemma 3, or the adapter does not fit it.
     """
     if is_packaged(str(path)) and not Path(path).exists():
         path = find_default(str(path))
-    return load_checkpoint(path, dtype=dtype)
+    return load_checkpoint(path, dtype, adapter)
 
 
 def factorize(teacher: Gemma3ForCausalLM, *options: str) -> Gemma3ForMultimodalLMwithTPA:
@@ -126,6 +129,7 @@ def export(
         source=source.description if source is not None else "",
         weights_quantized=bool(source is not None and source.weights_quantized),
         multimodal=student.config.vision is not None,
+        adapter=source.adapter.name if source is not None and source.adapter else "",
     )
     origin = str(Path(source.path).resolve()) if source is not None else None
     return export_model(student, out, dtype, model_card(report), origin, check_ids)

@@ -276,7 +276,7 @@ class Run:
         if "samples" not in progress and s.evaluation.sample_tokens > 0:
             samples = greedy_samples(
                 self.session.teacher, self.student, SAMPLE_PROMPTS, s.evaluation.sample_tokens,
-                self.session.machine.autocast,
+                self.session.machine.autocast, chat=s.data.kind == "chat",
             )  # fmt: skip
             self.folder.record(samples=samples)
         report = make_report(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tpa_train.checkpoints import find_default, load_pretrained
+from tpa_train.compilation import compiled
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.data.image_text import ImageTextDataModule
 from tpa_train.data.rows import collate_rows, shortened
@@ -96,7 +98,8 @@ class Session:
         model = self.loaded
         if model is None:
             where = "cpu" if self.settings.trainer.offload else self.machine.device
-            model = load_pretrained(model_path(self.settings), self.machine.dtype, where)
+            adapter = self.settings.model.adapter
+            model = load_pretrained(model_path(self.settings), self.machine.dtype, adapter, where)
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
@@ -128,6 +131,7 @@ class Session:
             trainer.context,
             trainer.batch_size,
             stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
+            window=self.config.sliding_window,
             **options,
         )
         module.prepare_data()
@@ -182,6 +186,8 @@ def check_settings(settings: RunSettings) -> None:
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
+    if not 0 <= recipe.distill.ema < 1:
+        raise UserError(f"recipe.distill.ema={recipe.distill.ema:g} must be at least 0 (no average) and below 1.")
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -432,7 +438,8 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl,
+        initial_kl=initial_kl, ema=distill.ema,
+        checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 
 
@@ -458,8 +465,6 @@ def recover(
     """
     with seeded(session.settings.seed):
         module = recovery_module(session, student, stage)
-        if session.settings.trainer.compile:
-            compile_layers(session.teacher, module)
         trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
         session.data.stage = stage
         session.data.trainer = None
@@ -468,10 +473,12 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
+            with compiled(module, module.passes) if session.settings.trainer.compile else nullcontext():
+                trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)
     module.to(session.machine.device)
+    module.finish()
     student.requires_grad_(False)
     tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
     return module, StageCost(tokens * trainer.world_size, seconds, peak)
@@ -485,13 +492,6 @@ def check_readable(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} is damaged ({str(error).splitlines()[0]}); delete it to redo that stage."
         ) from error
-
-
-def compile_layers(teacher: Gemma3ForCausalLM, module: RecoveryModule) -> None:
-    """Compiles the decoder layers in place: they share one graph per kind, and hooks stay outside of it."""
-    for model in (teacher, module.student):
-        for layer in model.layers:
-            layer.compile(dynamic=False)
 
 
 def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:

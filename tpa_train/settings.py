@@ -20,6 +20,8 @@ class ModelSettings:
     name: str = "gemma3_270m"
     # a .gguf file, a Hugging Face folder or a gemma_pytorch .ckpt; null finds the packaged model
     path: str | None = None
+    # a LoRA adapter to merge into it: the folder that peft wrote
+    adapter: str | None = None
 
 
 @dataclass
@@ -79,6 +81,8 @@ class DistillSettings(OptimizerSettings):
     hidden_until: float = 0.5
     # the output loss is taken at every so-many-th position; 1 uses all
     kl_every: int = 1
+    # the student ends with an average of its weights over the steps, with this decay a step; 0: with the last step's
+    ema: float = 0.0
 
 
 @dataclass
@@ -116,6 +120,8 @@ class TrainerSettings:
     offload: bool = False
     # compile the models' forward (CUDA)
     compile: bool = False
+    # end to end, keep only each layer's input for the backward pass and compute the rest again: less memory, more time
+    checkpoint_activations: bool = False
     # a checkpoint is written every so many minutes, besides the one at a signal
     checkpoint_minutes: float = 5.0
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from tpa_train.errors import UserError
@@ -278,8 +277,6 @@ class Sweep:
             run.execute()
         if run.session.measured is not None:
             self._measured = (_calibration_key(run.settings), run.session.measured)
-        if run.settings.trainer.compile:
-            _forget_compiled(run.session.teacher)
         del run
         gc.collect()  # Lightning's modules and trainers hold each other, and the job's optimizer with them
 
@@ -385,7 +382,7 @@ def _default_folder(settings: RunSettings) -> Path:
 def _model_key(settings: RunSettings) -> tuple:
     """What must be equal for two jobs to share a loaded teacher."""
     machine = choose_machine(settings.trainer)
-    return str(model_path(settings)), machine.device, machine.dtype
+    return str(model_path(settings)), settings.model.adapter, machine.device, machine.dtype
 
 
 def _calibration_key(settings: RunSettings) -> tuple:
@@ -395,13 +392,6 @@ def _calibration_key(settings: RunSettings) -> tuple:
         *_model_key(settings), repr(settings.data), repr(settings.recipe.calibration), settings.seed, trainer.context,
         trainer.batch_size,
     )  # fmt: skip
-
-
-def _forget_compiled(teacher: Gemma3ForCausalLM) -> None:
-    """Makes the next job's teacher the plain modules that a single run begins with: calibration hooks into them."""
-    for layer in teacher.layers:
-        layer._compiled_call_impl = None  # nn.Module.compile has no public opposite
-    torch.compiler.reset()  # graphs of the job's student, which count towards a limit
 
 
 @contextmanager

@@ -197,3 +197,21 @@ def test_config_dataclass_round_trip(tmp_path):
     config = open_checkpoint(tmp_path).config
     assert type(config).from_dict(config.to_dict()) == config
     assert dataclasses.replace(config, vocab_size=1).vocab_size == 1
+
+
+def test_chat_templates_wherever_transformers_put_them(tmp_path):
+    from tpa_train.checkpoints.huggingface import read_chat_template
+
+    assert read_chat_template(tmp_path) is None
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    for name, content, expected in (  # later ones come first
+        ("tokenizer_config.json", json.dumps({"chat_template": named}), "plain"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "single"}), "single"),
+        ("chat_template.json", json.dumps({"chat_template": "processor"}), "processor"),
+        ("chat_template.jinja", "own\n", "own\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert read_chat_template(tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="chat_template.jinja"):
+        read_chat_template(tmp_path)

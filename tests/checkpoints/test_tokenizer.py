@@ -13,6 +13,7 @@ import pytest
 
 from tpa_train.checkpoints import open_checkpoint
 from tpa_train.errors import UserError
+from tpa_train.gemma3.chat import ChatTemplate
 from tpa_train.gemma3.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -117,6 +118,14 @@ def test_real_ids_equal_transformers(real_path):
     assert different == []
     text = inspect.getsource(random)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    # A conversation is tokenised turn by turn, which changes no id.
+    template = ChatTemplate(tokenizer)
+    for text in texts[:100]:
+        turns = [{"role": "user", "content": text[:500]}, {"role": "assistant", "content": text[500:1500] or "yes"}]
+        turns = [turn | {"content": re.sub("<[a-z_]+[0-9]*>", "", turn["content"]).strip() or "no"} for turn in turns]
+        rendered = template.render(turns)
+        expected = reference.backend_tokenizer.encode(rendered.text, add_special_tokens=False).ids
+        assert template.encode([rendered])[0][0] == expected
 
 
 @pytest.mark.real

@@ -72,7 +72,8 @@ def _parameters():
 
 
 def _scaled(parameters, scale, lr=1e-2, **options):
-    groups = [{"params": [p], "scale": scale(p)} for p in parameters[:-1]] + [{"params": parameters[-1:]}]
+    relative = parameters[:-1]
+    groups = [{"params": relative, "scales": [scale(p) for p in relative]}, {"params": parameters[-1:]}]
     return ScaledAdamW(groups, lr=lr, betas=(0.9, 0.95), **options)
 
 
@@ -96,7 +97,7 @@ def test_each_element_moves_by_its_scale():
     before = parameter.detach().clone()
     scales = (torch.tensor([[1.0], [0.5], [0.0], [2.0]]), torch.arange(6.0))
     optimizer = ScaledAdamW(
-        [{"params": [parameter], "scale": scales}], lr=1e-2, weight_decay=0.0, eps=1e-12
+        [{"params": [parameter], "scales": [scales]}], lr=1e-2, weight_decay=0.0, eps=1e-12
     )  # fmt: skip
     _gradients([parameter], 0)
     optimizer.step()
@@ -113,7 +114,7 @@ def test_relative_steps_do_not_see_the_units():
     for unit in (torch.ones(3, 4), rows * columns):
         parameter = torch.nn.Parameter(start * unit)
         optimizer = ScaledAdamW(
-            [{"params": [parameter], "scale": element_scale(parameter)}], lr=1e-2, weight_decay=0.0, eps=1e-30
+            [{"params": [parameter], "scales": [element_scale(parameter)]}], lr=1e-2, weight_decay=0.0, eps=1e-30
         )
         for step in range(10):
             gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
@@ -126,7 +127,7 @@ def test_relative_steps_do_not_see_the_units():
 
 def test_a_zero_matrix_moves():
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
-    optimizer = ScaledAdamW([{"params": [parameter], "scale": element_scale(parameter)}], lr=1e-2, weight_decay=0.0)
+    optimizer = ScaledAdamW([{"params": [parameter], "scales": [element_scale(parameter)]}], lr=1e-2, weight_decay=0.0)
     _gradients([parameter], 0)
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), -1e-2 * 0.5 * parameter.grad.sign(), rtol=1e-4, atol=0)

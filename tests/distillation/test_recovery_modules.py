@@ -9,7 +9,6 @@ import torch
 from random_models import random_model, small_config, student_of, tokens
 from torch.utils.data import DataLoader
 
-from tpa_train.distillation.capture import capture_attention
 from tpa_train.distillation.modules import (
     EndToEndModule,
     LayerwiseModule,
@@ -185,29 +184,6 @@ def test_schedule(total):
     assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
     if total == 1000:
         assert rates[550] == pytest.approx(0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi / 2)), abs=1e-6)
-
-
-def test_capture_records_inputs_and_outputs_and_leaves_no_hook(teacher):
-    ids = tokens(teacher.config, 1, 20)
-    with torch.no_grad(), capture_attention(teacher, [1, 5]) as records:
-        teacher(ids)
-    assert sorted(records) == [1, 5]
-    with torch.no_grad():
-        context = teacher.context(ids)
-        x = teacher.embed(ids)
-        for index in range(6):
-            if index in records:
-                given = teacher.layers[index].input_layernorm(x)
-                assert torch.equal(records[index].input, given)
-                assert torch.equal(records[index].output, teacher.layers[index].self_attn(given, context))
-            x = teacher.run_layers(x, context, index, index + 1)
-    records.clear()
-    teacher(ids)
-    assert records == {}
-    with pytest.raises(RuntimeError), capture_attention(teacher, [0]) as records:
-        raise RuntimeError
-    teacher(ids)
-    assert records == {}
 
 
 def test_close_students_learn_at_lower_rates(teacher):

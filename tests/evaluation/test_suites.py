@@ -18,6 +18,30 @@ def _copy_texts(count=2, copied=20, seed=3):
     return torch.cat([torch.full((count, 1), 2), text, text], dim=1)
 
 
+def test_only_counted_positions_are_scored(teacher, student):
+    generator = torch.Generator().manual_seed(5)
+    masked = [row | {"loss_mask": torch.rand(len(row["token_ids"]), generator=generator) < 0.3} for row in rows()]
+    nll, kl, agree = [], [], []
+    for row in masked:
+        token_ids, document_ids = row["token_ids"][None], row["document_ids"][None]
+        log_t = teacher(token_ids, document_ids).log_softmax(-1)[0, :-1]
+        log_s = student(token_ids, document_ids).log_softmax(-1)[0, :-1]
+        counted = row["loss_mask"][:-1] & (document_ids[0, 1:] == document_ids[0, :-1])
+        nll.append(F.nll_loss(log_s, token_ids[0, 1:], reduction="none")[counted])
+        kl.append(F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)[counted])
+        agree.append((log_s.argmax(-1) == log_t.argmax(-1))[counted])
+    for batch_size in (1, 2):
+        evaluator = Evaluator(teacher, masked, batch_size=batch_size, head_dtype=torch.float64, progress=False)
+        result = evaluator.evaluate(student, "factorized")
+        assert result.perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-9)
+        assert result.kl == pytest.approx(torch.cat(kl).mean().item(), rel=1e-9)
+        assert result.top1 == pytest.approx(torch.cat(agree).double().mean().item())
+        assert result.evaluated_tokens == len(torch.cat(kl)) < 3 * 38 and result.masked
+    nothing = [row | {"loss_mask": torch.zeros_like(row["loss_mask"])} for row in masked]
+    with pytest.raises(UserError, match="no turn of the model"):
+        Evaluator(teacher, nothing, progress=False).evaluate(student, "factorized")
+
+
 @pytest.fixture(scope="module")
 def teacher():
     return dense_model(dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -128,6 +129,23 @@ def test_prompts_expand_as_transformers(text):
     ids, pixels = encode_prompt(CharacterTokenizer(), VISION, text, images, pan_and_scan=True)
     assert ids[0] == 2 and as_text(ids) == reference_text(text, images)
     assert ids.count(90) == 4 * len(pixels)
+
+
+def test_a_chat_puts_the_images_into_the_turn():
+    from multimodal_models import END_ID, IMAGE_ID, START_ID, image_tokenizer
+
+    from tpa_train.gemma3.chat import ChatTemplate
+
+    tokenizer = image_tokenizer()
+    config = dataclasses.replace(VISION, image_token_id=IMAGE_ID, start_token_id=START_ID, end_token_id=END_ID)
+    text = "hello <start_of_image> world <end_of_turn>"
+    ids, pixels = encode_prompt(tokenizer, config, text, [picture()], chat=ChatTemplate(tokenizer))
+    first, last = ids.index(START_ID), ids.index(END_ID)
+    assert len(pixels) == 1 and last - first == 5 and ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+    turn, end = (tokenizer.piece_id(name) for name in ("<start_of_turn>", "<end_of_turn>"))
+    assert ids.index(turn) < first and ids.count(end) == 1 and ids.index(end) > last  # the typed one is text
+    without = encode_prompt(tokenizer, config, "hello", chat=ChatTemplate(tokenizer))[0]
+    assert without == ChatTemplate(tokenizer).encode_prompt("hello")
 
 
 def test_images_come_before_a_text_that_does_not_place_them():

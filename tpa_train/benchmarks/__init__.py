@@ -8,5 +8,9 @@ A benchmark is a module and a settings class, named in ``command.BENCHMARKS``:
 * ``run(settings) -> rows`` measures, and returns a list of flat dicts of numbers and short texts;
 * ``render(rows) -> str``, if there is one, is what a person reads; without it the rows are printed as a table.
 
+A benchmark that takes long names the fields of a row that tell its cells apart in ``CELL``, and in ``FREE`` the options
+that only say which cells are measured. It is then called as ``run(settings, journal)`` (see ``benchmarks.journal``):
+rows are on disk as soon as they are measured, and a benchmark that was stopped goes on.
+
 ``run`` checks its options before it starts anything long, and raises ``UserError`` for those that cannot work.
 """

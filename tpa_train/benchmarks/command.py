@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from tpa_train.benchmarks.record import check_out, make_record, write_record
+from tpa_train.benchmarks.journal import Journal
+from tpa_train.benchmarks.record import check_out, make_record, table_of, write_record
 from tpa_train.cli import HELP, choose_device, parse
 from tpa_train.errors import UserError, nearest
-from tpa_train.evaluation.report import table
 
 PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "quality": "tpa_train.benchmarks.quality:QualitySettings",
+    "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
+    "train": "tpa_train.benchmarks.train:TrainBenchmark",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }
 
@@ -43,10 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     check_out(options.out)
     device = choose_device(getattr(settings, "device", None))
-    rows = module.run(settings)
-    print(getattr(module, "render", render)(rows))
+
+    def record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return make_record(f"{PROGRAM} {shlex.join(argv)}", settings, rows, device)
+
+    if hasattr(module, "CELL"):
+        rows = module.run(settings, Journal(options.out, record, module.CELL, module.FREE))
+    else:
+        rows = module.run(settings)
+    print(getattr(module, "render", table_of)(rows))
     if options.out is not None:
-        write_record(options.out, make_record(f"{PROGRAM} {shlex.join(argv)}", settings, rows, device))
+        write_record(options.out, record(rows))
         print(f"\nwritten to {options.out}")
 
 
@@ -84,15 +94,3 @@ def print_help() -> None:
         print("\n" + "-" * 80)
         with contextlib.suppress(SystemExit):
             parse(with_out(schema), ["--help"], f"{PROGRAM} {name}", module.__doc__.splitlines()[0])
-
-
-def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows that may have different keys as one table."""
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    return table(head, [[_cell(row.get(key)) for key in head] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

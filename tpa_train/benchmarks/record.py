@@ -16,7 +16,7 @@ import torch
 
 from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import write_text
-from tpa_train.evaluation.report import json_safe
+from tpa_train.evaluation.report import json_safe, table
 from tpa_train.evaluation.report import versions as package_versions
 
 PACKAGES = ("torch", "triton", "lightning")
@@ -92,3 +92,15 @@ def _own_version() -> str:
         return tomllib.loads(text)["project"]["version"]
     except (OSError, KeyError, tomllib.TOMLDecodeError):
         return "unknown"
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows that may have different keys as one table."""
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    return table(head, [[_cell(row.get(key)) for key in head] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tpa_train.checkpoints.adapter import merge_adapter
 from tpa_train.checkpoints.gemma_pytorch import open_gemma_pytorch
 from tpa_train.checkpoints.gguf import open_gguf
 from tpa_train.checkpoints.huggingface import open_huggingface
@@ -50,22 +51,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_pretrained(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    adapter: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Gemma3ForCausalLM:
     """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode.
 
     Args:
         path: a ``.gguf`` or ``.ckpt`` file, or a Hugging Face folder.
         dtype: of the weights in memory, whatever the file stores; a vision side keeps the type that it is stored in.
+        adapter: folder of a LoRA adapter that is merged into the weights (``adapter.merge_adapter``).
         device: where the weights go, one tensor after the other.
 
     Returns:
         The model, with ``model.tokenizer`` (None if the checkpoint has no SentencePiece model) and ``model.source``.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, of another family, or its weights do not fit together.
+        UserError: the checkpoint is missing, damaged, of another family, or its weights do not fit together; or the
+            adapter is, or is one of another model.
     """
-    return build_model(open_checkpoint(path), dtype, device)
+    checkpoint = open_checkpoint(path)
+    return build_model(checkpoint if adapter is None else merge_adapter(checkpoint, adapter), dtype, device)
 
 
 def _in_folder(folder: Path) -> Path:

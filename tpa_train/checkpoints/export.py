@@ -4,6 +4,7 @@
     model.safetensors   every parameter by its state-dict name (the head is tied to the embedding); of a large model
                         several files and an index, so that it is never held twice
     tokenizer.model     SentencePiece model
+    chat_template.jinja of a tuned model, where its checkpoint had one
     README.md           model card
 """
 
@@ -28,6 +29,7 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA,
 from tpa_train.tpa.spec import FORMAT_VERSION, TEXT_VERSION, LayerSpec, specs_to_dicts
 
 FORMAT = "tpa_train"
+TEMPLATE = "chat_template.jinja"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 VISION = "vision."  # prefix of the vision side's names
 LOGIT_TOLERANCE = 1e-3  # float32 computation of the same numbers
@@ -79,18 +81,24 @@ def export_model(
         return parameters[name].detach().to(device="cpu", dtype=stored_as(name)).contiguous()
 
     sizes = {name: nbytes(parameter, stored_as(name)) for name, parameter in parameters.items()}
+    adapter = getattr(student.source, "adapter", None)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION if student.config.vision is not None else TEXT_VERSION,
         "architecture": student.config.to_dict(),
         "layers": specs_to_dicts(student.specs),
-        "source": {"path": source_path, "description": getattr(student.source, "description", None)},
-    }
+        "source": {
+            "path": source_path, "description": getattr(student.source, "description", None),
+            "adapter": str(adapter.resolve()) if adapter is not None else None,
+        },
+    }  # fmt: skip
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_weights(partial, sizes, read, shard_bytes)
         if student.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(student.tokenizer.model_proto)
+            if template := getattr(student.tokenizer, "chat_template", None):
+                (partial / TEMPLATE).write_text(template, encoding="utf-8")
         if card:
             (partial / "README.md").write_text(card)
         verify_export(student, partial, exact=dtype != "bfloat16", text=check_ids)
@@ -252,5 +260,8 @@ def load_export(
         own = tensor.dtype if name.startswith(VISION) else dtype
         set_parameter(model, name, nn.Parameter(tensor.to(device, own), requires_grad=False))
     if (folder / "tokenizer.model").is_file():
-        model.tokenizer = Tokenizer.from_file(folder / "tokenizer.model")
-    return model.eval()
+        template = folder / TEMPLATE
+        model.tokenizer = Tokenizer.from_file(
+            folder / "tokenizer.model", template.read_text(encoding="utf-8") if template.is_file() else None
+        )
+    return model.to(device).eval()

@@ -53,19 +53,18 @@ def open_huggingface(folder: Path) -> Checkpoint:
     text = _text_config(folder, raw)
     stored = _stored_tensors(folder)
     weights, skipped, unknown, heads = {}, [], [], []
-    for name, weight in stored.items():
-        vision = vision_name(name)
-        prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
-        if name in _HEADS:
-            heads.append(weight)
-        elif vision is not None and vision.startswith("vision.vision_tower.head."):
-            skipped.append(name)  # SigLIP's pooling, which Gemma 3 does without
-        elif vision is not None:
+    for stored_as, weight in stored.items():
+        name, vision = text_name(stored_as), vision_name(stored_as)
+        if vision is not None and not vision.startswith("vision.vision_tower.head."):
             weights[vision] = weight
-        elif prefix is None:
-            unknown.append(name)
+        elif name is None:
+            unknown.append(stored_as)
+        elif name == "":
+            skipped.append(stored_as)  # SigLIP's pooling, which Gemma 3 does without
+        elif name == "lm_head.weight":
+            heads.append(weight)
         else:
-            weights[name.removeprefix(prefix)] = weight
+            weights[name] = weight
     embedding = weights.get("embed_tokens.weight")
     if embedding is None:
         raise UserError(f"{folder}: weight embed_tokens.weight is missing from the file.")
@@ -85,6 +84,17 @@ def open_huggingface(folder: Path) -> Checkpoint:
         tokenizer=_tokenizer(folder),
         unknown=tuple(unknown),
     )
+
+
+def text_name(stored: str) -> str | None:
+    """Returns our name of a tensor, "lm_head.weight" for the head, "" in the vision part, None if it has no place."""
+    if vision_name(stored) is not None:
+        return ""
+    head = next((head for head in _HEADS if stored.startswith(head.removesuffix("weight"))), None)
+    if head is not None:
+        return "lm_head." + stored.removeprefix(head.removesuffix("weight"))
+    prefix = next((p for p in _PREFIXES if stored.startswith(p)), None)
+    return None if prefix is None else stored.removeprefix(prefix)
 
 
 def read_config(path: Path, text: dict[str, Any], vocabulary: int) -> Gemma3Config:
@@ -176,7 +186,7 @@ def _stored_tensors(folder: Path) -> dict[str, Weight]:
     elif index.exists():
         files = sorted({folder / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
     else:
-        hint = " (only a LoRA adapter: merge it into its base model first)" * (folder / "adapter_config.json").exists()
+        hint = " (only a LoRA adapter: name it as model.adapter)" * (folder / "adapter_config.json").exists()
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}.")
     stored = {}
     for path in files:
@@ -214,11 +224,26 @@ def _check_tied(folder: Path, head: Weight, embedding: Weight) -> None:
 def _tokenizer(folder: Path) -> Tokenizer | None:
     """Reads ``tokenizer.model`` and the chat template; without the former, returns None."""
     path = folder / "tokenizer.model"
-    if not path.exists():
-        return None
-    template = None
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif (folder / "tokenizer_config.json").exists():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return Tokenizer.from_file(path, template if isinstance(template, str) else None)
+    return Tokenizer.from_file(path, read_chat_template(folder)) if path.exists() else None
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Returns the chat template of a folder that transformers wrote, or None.
+
+    It stands in a file of its own, in the processor's ``chat_template.json`` (multimodal models), or in
+    ``tokenizer_config.json``, there also as a list of named ones, of which "default" is the one to chat with.
+    """
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}.") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        if isinstance(template, list):
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+    return None

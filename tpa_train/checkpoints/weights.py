@@ -37,6 +37,8 @@ class Source:
     """The weights were read from a quantized file: they are not the ones that were trained."""
     skipped: tuple[str, ...] = ()
     """Names of weights in the file that the model does not use (SigLIP's pooling head)."""
+    adapter: Path | None = None
+    """Folder of the LoRA adapter that was merged into the weights."""
 
 
 @dataclass(frozen=True)

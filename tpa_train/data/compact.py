@@ -2,6 +2,7 @@
 
 The file is an ordinary `.npz` without pickles, readable by `numpy.load`. Token ids are split in a low plane of 16 bits
 and a high plane of 8, and LZMA then needs about 9 bits a token (24M tokens of English: 28 MB; zlib: 34 MB).
+Conversations carry the bits of their loss mask in one more plane.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from tpa_train.data.packed import (
+    BITS,
     FORMAT,
     MANIFEST,
+    MASKED_VERSION,
     SPLITS,
     START,
     TOKEN,
@@ -57,6 +60,8 @@ def export_compact(folder: str | Path, file: str | Path) -> Path:
                 write(f"{split}_low", (tokens & 0xFFFF).astype("<u2"))
                 write(f"{split}_high", (tokens >> 16).astype(np.uint8))
                 write(f"{split}_lengths", np.diff(stream.starts, append=len(tokens)).astype(TOKEN))
+                if manifest.masked:
+                    write(f"{split}_counted", np.asarray(stream.counted_bits))
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,7 +78,7 @@ def import_compact(file: str | Path, cache_dir: str | Path) -> Path:
         with np.load(file, allow_pickle=False) as archive:
             text = archive["manifest"].tobytes()
             manifest = json.loads(text)
-            if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            if manifest["format"] != FORMAT or manifest["version"] not in (VERSION, MASKED_VERSION):
                 raise UserError(f"data.path: {file} is of another packing version; export it again.")
             folder = Path(cache_dir) / f"imported-{hashlib.sha256(text).hexdigest()[:24]}"
             if (folder / MANIFEST).is_file():
@@ -85,6 +90,8 @@ def import_compact(file: str | Path, cache_dir: str | Path) -> Path:
                     tokens.tofile(temporary / f"{split}.tokens")
                     lengths = archive[f"{split}_lengths"].astype(START)
                     (np.cumsum(lengths) - lengths).astype(START).tofile(temporary / f"{split}.starts")
+                    if manifest["version"] == MASKED_VERSION:
+                        archive[f"{split}_counted"].astype(BITS).tofile(temporary / f"{split}.counted")
                 (temporary / MANIFEST).write_bytes(text)
                 read_manifest(temporary)  # the sizes must be those that the manifest says
             return folder

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from tpa_train.data.copies import CopyRows
 from tpa_train.data.packed import texts_twice, tokens_without_bos
 from tpa_train.data.packing import PackedDataset, PackedStream, TokenizerLike, pack
 from tpa_train.data.rows import collate_rows
@@ -72,6 +73,8 @@ class StageSampler(StatefulDistributedSampler):
 class PackedDataModule(lightning.LightningDataModule):
     """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
 
+    Batches of conversations also hold ``"loss_mask"`` bool [B, L], see `PackedDataset`.
+
     ``prepare_data`` packs (once per machine), ``setup`` opens. Both may also be called without a Trainer.
     """
 
@@ -84,6 +87,7 @@ class PackedDataModule(lightning.LightningDataModule):
         stage_rows: Mapping[str, int | None] | None = None,
         stage: str = "distill",
         progress: bool = True,
+        window: int = 0,
     ) -> None:
         """Remembers what to load.
 
@@ -95,6 +99,7 @@ class PackedDataModule(lightning.LightningDataModule):
             stage_rows: rows that each stage wants for itself, such as ``{"calibration": 64, "layerwise": 400}``;
                 stage: the stage that ``train_dataloader`` serves; assign ``datamodule.stage`` between fits.
             progress: show a progress line while packing.
+            window: tokens that the model's sliding-window layers see; repeated text is further away (``copies``).
 
         Raises:
             UserError: a stage or a size makes no sense.
@@ -102,6 +107,8 @@ class PackedDataModule(lightning.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1 row, not {batch_size}.")
+        if not 0 <= settings.copy_share <= 1:
+            raise UserError(f"data.copy_share={settings.copy_share:g} must lie between 0 (none) and 1 (every row).")
         self.settings, self.tokenizer, self.context, self.batch_size = settings, tokenizer, context, batch_size
         self.stage_rows = {name: None for name in STAGES} | dict(stage_rows or {})
         for name, rows in self.stage_rows.items():
@@ -111,6 +118,7 @@ class PackedDataModule(lightning.LightningDataModule):
                 raise UserError(f"stage_rows.{name}={rows} must be at least 1 row.")
         self.stage = stage
         self.progress = progress
+        self.window = window
         self.folder: Path | None = None
         self._train: PackedDataset | None = None
 
@@ -184,7 +192,7 @@ class PackedDataModule(lightning.LightningDataModule):
             shuffle: give shuffled batches for all steps of the trainer (without a trainer: one pass); otherwise one
                 pass in order, whose last batch may be smaller.
         """
-        rows = Subset(self.train_dataset, self.rows_of(stage).tolist())
+        rows = Subset(self._rows_for(stage), self.rows_of(stage).tolist())
         replicas, rank = self._replicas()
         length = None
         if shuffle and self.trainer is not None:
@@ -202,6 +210,13 @@ class PackedDataModule(lightning.LightningDataModule):
             drop_last=shuffle,
         )
 
+    def _rows_for(self, stage: str) -> Dataset:
+        """All training rows as ``stage`` sees them: calibration sees the text as it is."""
+        share, seed = self.settings.copy_share, _seed(self.settings.seed, "copies")
+        if share == 0 or stage == "calibration":
+            return self.train_dataset
+        return CopyRows(self.train_dataset, share, self.window, seed)
+
     def _replicas(self) -> tuple[int, int]:
         """(processes that see different data, this one's number); processes of a tensor-parallel group share data."""
         if self.trainer is not None:
@@ -215,7 +230,8 @@ class PackedDataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order of rows; Lightning stores it in every checkpoint."""
-        return {
+        copies = {"copy_share": self.settings.copy_share} if self.settings.copy_share else {}
+        return copies | {
             "data": self.fingerprint,
             "context": self.context,
             "seed": self.settings.seed,
@@ -234,7 +250,8 @@ class PackedDataModule(lightning.LightningDataModule):
         self.setup()
         options = {
             "data": "the text (data.*)", "context": "the context", "seed": "data.seed", "stage": "the stage",
-            "stage_rows": "stage_rows", "batch_size": "the batch size", "processes": "the number of processes",
+            "stage_rows": "stage_rows", "copy_share": "data.copy_share",
+            "batch_size": "the batch size", "processes": "the number of processes",
         }  # fmt: skip
         for key, current in self.state_dict().items():
             if (saved := state_dict.get(key)) == current:

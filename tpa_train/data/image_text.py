@@ -29,9 +29,10 @@ from torch.utils.data import Dataset, Subset
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.data.packed import temporary_folder, texts_twice
 from tpa_train.data.packing import choose_heldout, default_cache_dir
+from tpa_train.data.records import FileRecords, HubRows
 from tpa_train.data.rows import IMAGES
 from tpa_train.data.settings import DataSettings
-from tpa_train.data.sources import field_of, hub_rows, jsonl_rows
+from tpa_train.data.sources import field_of
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.processing import ImageProcessor, crop_boxes, open_image, pieces_around, place_images
 from tpa_train.gemma3.vision_config import VisionConfig
@@ -266,7 +267,7 @@ def read_examples(path: Any, image_key: str, text_key: str) -> Iterator[Example]
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"data.path: {file} does not exist; check the path.")
-    for where, row in jsonl_rows(file):
+    for where, row in FileRecords(file, (".jsonl",)):
         text = field_of(row, text_key, where)
         if image_key not in row:
             raise UserError(f"{where} has no '{image_key}' field (data.image_key){nearest(image_key, row)}")
@@ -294,7 +295,7 @@ def fetch(settings: DataSettings) -> Path:
     with temporary_folder(folder) as temporary:
         # Fewer tokens are counted than a text has, so that the rows suffice for the budget whatever the tokenizer.
         lines, spent = [], 0
-        for where, row in hub_rows(settings.name, settings.subset, settings.split):
+        for where, row in HubRows(settings.name, settings.subset, settings.split):
             text = field_of(row, settings.text_key, where)
             if settings.image_key not in row:
                 hint = nearest(settings.image_key, row)

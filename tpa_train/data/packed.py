@@ -2,6 +2,8 @@
 
 A packed folder holds, for the splits `train` and `heldout`, a flat stream of tokens (`<split>.tokens`, little-endian
 uint32 [N]) and the offset where each document's BOS stands (`<split>.starts`, int64 [documents]), plus `manifest.json`.
+Conversations add one bit a token (`<split>.counted`, uint8 [⌈N/8⌉], lowest bit first): whether the token counts as
+something to predict. Folders with that plane have format version 2, the others version 1.
 It is written under a temporary name and renamed when complete, so a folder with a manifest is a whole one.
 
     L context · N tokens of a split
@@ -23,10 +25,11 @@ from torch.utils.data import Dataset
 from tpa_train.errors import UserError
 
 FORMAT = "tpa_train.packed"
-VERSION = 1  # part of every cache key: raise it when the layout or the choice of held-out documents changes
+# Part of every cache key: raise them when the layout or the choice of held-out documents changes.
+VERSION, MASKED_VERSION = 1, 2  # without and with the plane of counted tokens
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-TOKEN, START = np.dtype("<u4"), np.dtype("<i8")
+TOKEN, START, BITS = np.dtype("<u4"), np.dtype("<i8"), np.dtype("u1")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Manifest:
     source: dict  # what the source said of itself, for the curious
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def masked(self) -> bool:
+        """Whether every token has a bit that says whether it counts."""
+        return self.version == MASKED_VERSION
+
+    def files(self, split: str) -> dict[str, tuple[np.dtype, int]]:
+        """Returns the files of ``split``, by their extension: type and number of entries."""
+        tokens = self.tokens[split]
+        files = {"tokens": (TOKEN, tokens), "starts": (START, self.documents[split])}
+        return files | ({"counted": (BITS, -(-tokens // 8))} if self.masked else {})
 
 
 class PackedStream:
@@ -62,33 +76,44 @@ class PackedStream:
                 f"{tokenizer_fingerprint[:12]}); pack the text again with this model's tokenizer, or name its files "
                 f"in data.path."
             )
-        self._tokens: np.ndarray | None = None
-        self._starts: np.ndarray | None = None
+        self._maps: dict[str, np.ndarray] = {}
 
     @property
     def tokens(self) -> np.ndarray:
         """uint32 [N]."""
-        if self._tokens is None:
-            self._tokens = self._map("tokens", TOKEN, self.manifest.tokens[self.split])
-        return self._tokens
+        return self._map("tokens")
 
     @property
     def starts(self) -> np.ndarray:
         """Offsets of the documents' first tokens, ascending from 0, int64 [documents]."""
-        if self._starts is None:
-            self._starts = self._map("starts", START, self.manifest.documents[self.split])
-        return self._starts
+        return self._map("starts")
 
-    def _map(self, kind: str, dtype: np.dtype, length: int) -> np.ndarray:
-        if not length:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.memmap(self.folder / f"{self.split}.{kind}", dtype, mode="r", shape=(length,))
+    @property
+    def counted_bits(self) -> np.ndarray:
+        """Whether each token counts, eight to a byte, uint8 [⌈N/8⌉]; only where ``manifest.masked``."""
+        return self._map("counted")
+
+    def counted(self, begin: int, end: int) -> np.ndarray:
+        """Returns whether the tokens from ``begin`` to ``end`` count, bool [end - begin]; none beyond the last does."""
+        first = begin // 8
+        bits = np.unpackbits(self.counted_bits[first : -(-end // 8)], bitorder="little")[begin - 8 * first :]
+        counted = np.zeros(end - begin, bool)
+        counted[: min(end, len(self)) - begin] = bits[: min(end, len(self)) - begin]
+        return counted
+
+    def _map(self, kind: str) -> np.ndarray:
+        if kind not in self._maps:
+            dtype, length = self.manifest.files(self.split)[kind]
+            path = self.folder / f"{self.split}.{kind}"
+            # An empty file cannot be mapped.
+            self._maps[kind] = np.memmap(path, dtype, mode="r", shape=(length,)) if length else np.empty(0, dtype)
+        return self._maps[kind]
 
     def __len__(self) -> int:
         return self.manifest.tokens[self.split]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tokens": None, "_starts": None}  # a pickled memmap would carry all its bytes
+        return {**self.__dict__, "_maps": {}}  # a pickled memmap would carry all its bytes
 
 
 def is_packed(path: str | Path) -> bool:
@@ -105,14 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         values = json.loads((folder / MANIFEST).read_text())
-        if (values["format"], values["version"]) != (FORMAT, VERSION):
+        if values["format"] != FORMAT or values["version"] not in (VERSION, MASKED_VERSION):
             raise UserError(f"{folder} is of another packing version; pack it again (delete it if it is in the cache).")
         manifest = Manifest(**values)
         for split in SPLITS:
-            for kind, dtype, length in (
-                ("tokens", TOKEN, manifest.tokens[split]),
-                ("starts", START, manifest.documents[split]),
-            ):
+            for kind, (dtype, length) in manifest.files(split).items():
                 if (folder / f"{split}.{kind}").stat().st_size != dtype.itemsize * length:
                     raise UserError(f"{folder}: {split}.{kind} is cut short; delete the folder and pack it again.")
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as e:
@@ -125,6 +147,12 @@ class PackedDataset(Dataset):
 
     An item is ``{"token_ids": int64 [L], "document_ids": int32 [L]}``. ``document_ids`` number the documents inside
     the row (0, 1, 2, ...): attention does not cross them. A row that begins inside a document numbers that one 0.
+
+    Rows of conversations also have ``"loss_mask"``, bool [L]: whether the prediction that is made *at* a position, of
+    the token after it, counts. It is True at position i if token i + 1 of the stream is one that the model would write
+    itself (its turns and the pieces that end them). So it goes with ``logits[i]`` and ``token_ids[i + 1]``; the last
+    position's is that of the stream's next token, which begins the next row. Rows of plain text have no such key: all
+    their positions count.
 
     Every row begins with BOS, which takes the place of its first token: Gemma has never seen a text without one (on
     WikiText-2 its perplexity doubles).
@@ -177,7 +205,10 @@ class PackedDataset(Dataset):
             first, last = np.searchsorted(self.stream.starts, [begin + 1, begin + self.context])
             document_ids[self.stream.starts[first:last] - begin] = 1
             document_ids = document_ids.cumsum(dtype=np.int32)
-        return {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids)}
+        item = {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids)}
+        if self.stream.manifest.masked:
+            item["loss_mask"] = torch.from_numpy(self.stream.counted(begin + 1, begin + 1 + self.context))
+        return item
 
 
 def tokens_without_bos(stream: PackedStream) -> torch.Tensor:

@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from tpa_train.data.compact import import_compact
 from tpa_train.data.packed import (
+    BITS,
     FORMAT,
     MANIFEST,
+    MASKED_VERSION,
     SPLITS,
     START,
     TOKEN,
@@ -36,8 +38,9 @@ from tpa_train.data.packed import (
     temporary_folder,
 )  # fmt: skip
 from tpa_train.data.settings import DataSettings
-from tpa_train.data.sources import Source, make_source
+from tpa_train.data.sources import Source, make_source, template_name
 from tpa_train.errors import UserError
+from tpa_train.gemma3.chat import Conversation
 
 __all__ = ["PackedDataset", "PackedStream", "choose_heldout", "default_cache_dir", "pack"]
 
@@ -76,13 +79,15 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
     if not 0 <= settings.heldout_fraction < 1:
         raise UserError(f"data.heldout_fraction={settings.heldout_fraction} must be at least 0 and below 1.")
     cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
-    if settings.kind == "text" and isinstance(settings.path, (str, os.PathLike)):
+    if settings.kind in ("text", "chat") and isinstance(settings.path, (str, os.PathLike)):
         path = Path(settings.path).expanduser()
         if is_packed(path):
             folder = import_compact(path, cache) if path.is_file() else path
-            PackedStream(folder, tokenizer_fingerprint=tokenizer.fingerprint)  # checks
+            packed = PackedStream(folder, tokenizer_fingerprint=tokenizer.fingerprint)  # checks
+            if settings.kind == "chat":
+                _check_packed_chat(path, packed.manifest, settings, tokenizer)
             return folder
-    source = make_source(settings)
+    source = make_source(settings, tokenizer)
     key = {
         "format": [FORMAT, VERSION],
         "source": source.describe(),
@@ -101,10 +106,11 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
             shutil.rmtree(folder, ignore_errors=True)
     with temporary_folder(folder) as temporary:
         began = time.monotonic()
-        hashes, lengths = _tokenise(source, tokenizer, settings.max_tokens, temporary / "all.tokens", progress)
+        hashes, lengths = _tokenise(source, tokenizer, settings.max_tokens, temporary, progress)
         if not len(lengths):
-            option = {"text": f"data.path={settings.path}", "hub": f"data.name={settings.name}"}.get(settings.kind)
-            raise UserError(f"{option or f'data.kind={settings.kind}'} holds no text; point it at non-empty documents.")
+            named = [f"data.{key}={value}" for key in ("path", "name") if (value := getattr(settings, key))]
+            named.append(f"data.kind={settings.kind}")
+            raise UserError(f"{named[0]} holds no text; point it at non-empty documents.")
         manifest = _split(temporary, hashes, lengths, settings, fingerprint, tokenizer, key["source"])
         seconds = time.monotonic() - began
         log.info(
@@ -114,14 +120,27 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
     return folder
 
 
+def _check_packed_chat(path: Path, manifest: Manifest, settings: DataSettings, tokenizer: TokenizerLike) -> None:
+    """Refuses data packed earlier that is not the conversations that the settings ask for."""
+    if settings.train_on == "completions" and not manifest.masked:
+        raise UserError(
+            f"data.path: {path} was packed without marks for the model's turns; pack its conversations again, or use "
+            "data.train_on=all."
+        )
+    if manifest.source.get("template") not in (None, template_name(tokenizer)):
+        raise UserError(f"data.path: {path} was packed with another chat template; pack its conversations again.")
+
+
 def _counts(manifest: Manifest) -> str:
     return ", ".join(f"{s}: {manifest.documents[s]:,} documents, {manifest.tokens[s]:,} tokens" for s in SPLITS)
 
 
 def _tokenise(
-    source: Source, tokenizer: TokenizerLike, max_tokens: int | None, path: Path, progress: bool
+    source: Source, tokenizer: TokenizerLike, max_tokens: int | None, folder: Path, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Appends documents' tokens to ``path`` until the source or the budget ends.
+    """Appends documents' tokens to ``all.tokens`` until the source or the budget ends.
+
+    Where the loss does not count all tokens, a byte for each says so in ``all.counted``.
 
     Returns:
         text hashes (uint64 [documents]) and token counts (int64 [documents]); the last document may be cut short.
@@ -134,13 +153,17 @@ def _tokenise(
         mininterval=0.3 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
     )  # fmt: skip
-    with bar, open(path, "wb") as file:
+    with bar, open(folder / "all.tokens", "wb") as file, open(folder / "all.counted", "wb") as counted:
         for batch in _batches(source):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch, bos=True), strict=True):
+            encoded, masks = source.encode(batch, tokenizer)
+            for document, ids, mask in zip(batch, encoded, masks or [None] * len(batch), strict=True):
                 ids = np.asarray(ids[: max_tokens - total] if max_tokens else ids, TOKEN)
                 if not len(ids):
                     break
                 file.write(ids.tobytes())
+                if mask is not None:
+                    counted.write(np.asarray(mask[: len(ids)], BITS).tobytes())
+                text = getattr(document, "text", document)
                 hashes.append(int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
                 lengths.append(len(ids))
                 total += len(ids)
@@ -153,12 +176,12 @@ def _tokenise(
     return np.array(hashes, np.uint64), np.array(lengths, np.int64)
 
 
-def _batches(source: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(source: Iterable[str | Conversation]) -> Iterator[list]:
+    batch: list[str | Conversation] = []
     chars = 0
     for document in source:
         batch.append(document)
-        chars += len(document)
+        chars += len(getattr(document, "text", document))
         if len(batch) >= BATCH_DOCUMENTS or chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -198,47 +221,59 @@ def _split(
     tokenizer: TokenizerLike,
     described: dict,
 ) -> Manifest:
-    """Deals the tokens in ``all.tokens`` to the two splits and writes the manifest, last."""
-    every = np.memmap(folder / "all.tokens", TOKEN, mode="r", shape=(int(lengths.sum()),))
+    """Deals the tokens in ``all.tokens`` (and ``all.counted``) to the two splits and writes the manifest, last."""
+    total = int(lengths.sum())
+    planes = {"tokens": np.memmap(folder / "all.tokens", TOKEN, mode="r", shape=(total,))}
+    if masked := (folder / "all.counted").stat().st_size > 0:
+        planes["counted"] = np.memmap(folder / "all.counted", BITS, mode="r", shape=(total,))
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(START)
     heldout = choose_heldout(hashes, lengths, settings.heldout_fraction, settings.heldout_min_tokens)
     if heldout is None:
         # One or a few long documents: their end is held out instead, where a document may begin in its middle.
-        share = max(int(settings.heldout_fraction * len(every)), min(settings.heldout_min_tokens, len(every) // 4))
-        cut = len(every) - min(share, len(every) // 2)
-        log.warning(
-            "too few documents to hold whole ones out: the last %s tokens are held out", f"{len(every) - cut:,}"
-        )
+        share = max(int(settings.heldout_fraction * total), min(settings.heldout_min_tokens, total // 4))
+        cut = total - min(share, total // 2)
+        log.warning("too few documents to hold whole ones out: the last %s tokens are held out", f"{total - cut:,}")
         in_heldout = starts[starts > cut]
         parts = {
-            "train": (every[:cut], starts[starts < cut]),
-            "heldout": (every[cut:], np.concatenate([[cut], in_heldout]) - cut if cut < len(every) else in_heldout),
+            "train": ([(0, cut)], starts[starts < cut]),
+            "heldout": ([(cut, total)], np.concatenate([[cut], in_heldout]) - cut if cut < total else in_heldout),
         }
-        for split, (tokens, offsets) in parts.items():
-            tokens.tofile(folder / f"{split}.tokens")
-            offsets.astype(START).tofile(folder / f"{split}.starts")
-        counts = {s: (len(t), len(o)) for s, (t, o) in parts.items()}
     else:
-        counts = {}
-        for split, mask in (("train", ~heldout), ("heldout", heldout)):
-            with open(folder / f"{split}.tokens", "wb") as file:
-                for start, length in zip(starts[mask], lengths[mask], strict=True):
-                    file.write(every[start : start + length].tobytes())
-            offsets = np.concatenate([[0], np.cumsum(lengths[mask])[:-1]])[: mask.sum()]
-            offsets.astype(START).tofile(folder / f"{split}.starts")
-            counts[split] = (int(lengths[mask].sum()), int(mask.sum()))
+        parts = {}
+        for split, chosen in (("train", ~heldout), ("heldout", heldout)):
+            spans = list(zip(starts[chosen], (starts + lengths)[chosen], strict=True))
+            parts[split] = spans, np.concatenate([[0], np.cumsum(lengths[chosen])[:-1]])[: chosen.sum()]
+    counts = {}
+    for split, (spans, offsets) in parts.items():
+        for kind, plane in planes.items():
+            _write_plane(folder / f"{split}.{kind}", plane, spans)
+        offsets.astype(START).tofile(folder / f"{split}.starts")
+        counts[split] = (int(sum(end - begin for begin, end in spans)), len(offsets))
     wanted = settings.heldout_min_tokens
     if counts["heldout"][0] < wanted:
         log.warning(
             "only %s tokens are held out, fewer than data.heldout_min_tokens=%s: the data is small",
             f"{counts['heldout'][0]:,}", f"{wanted:,}",
         )  # fmt: skip
-    del every
-    (folder / "all.tokens").unlink()
+    del planes, plane
+    for kind in ("tokens", "counted"):
+        (folder / f"all.{kind}").unlink()
     manifest = Manifest(
         fingerprint=fingerprint, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id, tokens={s: n for s, (n, _) in counts.items()},
         documents={s: n for s, (_, n) in counts.items()}, source=described,
+        version=MASKED_VERSION if masked else VERSION,
     )  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
     return manifest
+
+
+def _write_plane(path: Path, plane: np.ndarray, spans: list[tuple[int, int]]) -> None:
+    """Writes the tokens of ``spans`` one after the other, or their bits packed eight to a byte."""
+    with open(path, "wb") as file:
+        if plane.dtype == TOKEN:
+            for begin, end in spans:
+                file.write(plane[begin:end].tobytes())
+        elif spans:
+            bits = np.concatenate([plane[begin:end] for begin, end in spans])
+            file.write(np.packbits(bits, bitorder="little").tobytes())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("python_docs", "text", "hub", "image_text")
+KINDS = ("python_docs", "text", "hub", "chat", "image_text")
+TRAIN_ON = ("completions", "all")
 
 
 @dataclass
@@ -16,11 +17,13 @@ class DataSettings:
     """
 
     # python_docs: manuals, docstrings and sources of the running Python (no download); text: local files;
-    # hub: Hugging Face; image_text: images with text, for multimodal models
+    # hub: Hugging Face; chat: conversations, from files or the hub, in the checkpoint's chat template; image_text:
+    # images with text, for multimodal models
     kind: str = "python_docs"
     # text: a file, folder, glob or a list of them (.txt .md .jsonl .parquet, the first three also .gz or .xz),
-    # or data packed earlier: its folder, or the single .npz file of a compact export. image_text: a .jsonl
-    # file whose lines name an image's file (or a list of them), from the .jsonl's folder, and its text
+    # or data packed earlier: its folder, or the single .npz file of a compact export; chat: the same with .jsonl, .json
+    # or .parquet files; image_text: a .jsonl file whose lines name an image's file (or a list of them), from the
+    # .jsonl's folder, and its text
     path: Any = None
     # jsonl, parquet and hub: the field that holds a document's text
     text_key: str = "text"
@@ -31,12 +34,14 @@ class DataSettings:
     image_key: str = "image"
     # image_text: show images that are much longer than high (or the other way round) in crops as well
     pan_and_scan: bool = False
-    # hub, and image_text without a path: data set name, such as HuggingFaceFW/fineweb-edu
+    # hub and chat, and image_text without a path: data set name, such as HuggingFaceFW/fineweb-edu
     name: str | None = None
     # hub: configuration (subset) of the data set, where it has several
     subset: str | None = None
     # hub: split to stream
     split: str = "train"
+    # chat: what the loss counts, completions (the model's turns, their ends included) or all (every token)
+    train_on: str = "completions"
     # stop tokenising after this many tokens, held-out ones included; null packs everything
     max_tokens: int | None = 8_000_000
     # share of the documents kept from training, chosen by a hash of their text: the same ones in every run
@@ -47,6 +52,8 @@ class DataSettings:
     cache_dir: str | None = None
     # true: attention crosses document boundaries inside a row, as if the data were one long text
     join_documents: bool = False
+    # share of the training rows in which a part of the text comes again, further back than a sliding window sees
+    copy_share: float = 0.0
     # orders the Python documents, deals rows to the stages and shuffles them
     seed: int = 0
     # loader processes; 0 reads in the training process (rows are memory-mapped: workers seldom pay)

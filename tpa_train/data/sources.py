@@ -1,34 +1,35 @@
-"""Iterators over documents: the running Python's own texts, local files, the Hugging Face hub.
+"""Iterators over documents: the running Python's own texts, local files, the Hugging Face hub, conversations.
 
-A source yields one string per document, in the same order every time, and describes itself for the cache of packed
-data (`packing.py`). It reads lazily: packing stops at the token budget, so most of a large corpus is never opened.
+A source yields one document (a text, or a rendered conversation) at a time, in the same order every time, and describes
+itself for the cache of packed data (`packing.py`). It reads lazily: packing stops at the token budget, so most of a
+large corpus is never opened.
 """
 
 from __future__ import annotations
 
 import ast
-import glob
-import gzip
 import hashlib
 import io
-import json
-import lzma
 import os
 import sys
 import sysconfig
 import tokenize
-import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tpa_train.data.settings import KINDS, DataSettings
+from tpa_train.data.chat import conversation_of
+from tpa_train.data.records import FileRecords, HubRows, LocalFiles, Records, extension
+from tpa_train.data.settings import KINDS, TRAIN_ON, DataSettings
 from tpa_train.errors import UserError, nearest
+from tpa_train.gemma3.chat import ChatTemplate, Conversation
+from tpa_train.gemma3.tokenizer import Tokenizer
 
 PLAIN = (".txt", ".md")
 EXTENSIONS = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz", ".txt.xz", ".md.xz", ".jsonl.xz", ".parquet")
+CHAT_EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz", ".json.xz", ".parquet")
 # Generated tables, tests and demos: long runs of numbers or of near-copies teach nothing.
 SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data",
@@ -44,22 +45,26 @@ class Source(ABC):
         """JSON-able settings and state of the content: equal descriptions must mean equal documents."""
 
     @abstractmethod
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | Conversation]:
         """Yields non-empty documents."""
 
     def progress(self) -> float | None:
         """Share of the content read so far, or None when unknown."""
         return None
 
+    def encode(self, documents: list, tokenizer: Any) -> tuple[list[list[int]], list[list[bool]] | None]:
+        """Returns the ids of documents, BOS first, and for each id whether the loss counts it (None: all do)."""
+        return tokenizer.encode_batch(documents, bos=True), None
 
-def make_source(settings: DataSettings) -> Source:
-    """Returns the source that ``settings`` name.
+
+def make_source(settings: DataSettings, tokenizer: Tokenizer | None = None) -> Source:
+    """Returns the source that ``settings`` name; conversations are rendered with the ``tokenizer``'s template.
 
     Raises:
         UserError: ``data.kind`` is unknown, or an option that it needs is missing, or one is given that it ignores.
     """
     for option, kind in (("path", "text"), ("name", "hub")):
-        if settings.kind in KINDS and settings.kind not in (kind, "image_text") and getattr(settings, option):
+        if settings.kind in KINDS and settings.kind not in (kind, "chat", "image_text") and getattr(settings, option):
             raise UserError(f"data.{option} is only read with data.kind={kind}; set that, or remove data.{option}.")
     if settings.kind == "image_text":
         raise UserError("data.kind=image_text is images with text, which only scripts/train.py reads; use text here.")
@@ -73,6 +78,8 @@ def make_source(settings: DataSettings) -> Source:
         if not settings.name:
             raise UserError("data.kind=hub needs data.name, such as data.name=HuggingFaceFW/fineweb-edu.")
         return Hub(settings.name, settings.subset, settings.split, settings.text_key)
+    if settings.kind == "chat":
+        return Chat(chat_records(settings), ChatTemplate(tokenizer), settings.train_on)
     raise UserError(f"data.kind={settings.kind} is unknown{nearest(settings.kind, KINDS)}")
 
 
@@ -180,34 +187,24 @@ class TextFiles(Source):
             raise UserError(f"data.split_chars={split_chars} must be at least 1.")
         self.text_key = text_key
         self.split_chars = split_chars
-        self.files = find_files(path)
-        sizes = [f.stat().st_size for f in self.files]
-        self._before = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        self._read = 0
+        self.local = LocalFiles(path, EXTENSIONS)
 
     def describe(self) -> dict:
-        files = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
+        files = self.local.describe()
         return {"kind": "text", "files": files, "text_key": self.text_key, "split_chars": self.split_chars}
 
     def progress(self) -> float | None:
-        return self._read / self._before[-1] if self._before[-1] else None
+        return self.local.progress()
 
     def __iter__(self) -> Iterator[str]:
-        for file, before in zip(self.files, self._before[:-1], strict=True):
-            suffix = extension(file)
-            try:
-                if suffix == ".parquet":
-                    yield from self._parquet(file, before)
-                    continue
-                with open(file, "rb") as raw, _decompressed(raw, suffix) as data:
-                    reader = self._jsonl if ".jsonl" in suffix else self._plain
-                    for document in reader(file, data):
-                        self._read = before + raw.tell()  # of the file on disk, compressed or not
-                        yield document
-            except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as e:
-                raise UserError(f"data.path: {file} is not a complete {suffix[-3:]} file ({e}); copy it again.") from e
-            except OSError as e:
-                raise UserError(f"data.path: {file} cannot be read ({e.strerror or e}).") from e
+        for file in self.local.files:
+            if extension(file, EXTENSIONS).startswith(PLAIN):
+                with self.local.open(file) as data:
+                    yield from self._plain(file, data)
+                continue
+            for where, row in self.local.records(file, [self.text_key]):
+                if document := field_of(row, self.text_key, where):
+                    yield document
 
     def _plain(self, file: Path, data: BinaryIO) -> Iterator[str]:
         text, buffer = io.TextIOWrapper(data, encoding="utf-8-sig"), ""
@@ -232,112 +229,6 @@ class TextFiles(Source):
             pieces = [buffer]
         yield from (p.strip() for p in pieces if p.strip())
 
-    def _jsonl(self, file: Path, data: BinaryIO) -> Iterator[str]:
-        for where, row in _objects(file, data, self.text_key):
-            if document := field_of(row, self.text_key, where):
-                yield document
-
-    def _parquet(self, file: Path, before: int) -> Iterator[str]:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as e:
-            raise UserError(f"data.path: reading {file} needs pyarrow; install it with pip install pyarrow.") from e
-        try:
-            table = pq.ParquetFile(file)
-            keys = table.schema_arrow.names
-            if self.text_key not in keys:
-                field_of(dict.fromkeys(keys), self.text_key, f"data.path: {file}")
-            rows = 0
-            for batch in table.iter_batches(batch_size=256, columns=[self.text_key]):
-                for document in batch.column(0).to_pylist():
-                    rows += 1
-                    where = f"data.path: row {rows} of {file}"
-                    if document := field_of({self.text_key: document}, self.text_key, where):
-                        size = self._before[self.files.index(file) + 1] - before
-                        self._read = before + size * rows // max(1, table.metadata.num_rows)
-                        yield document
-        except pa.ArrowException as e:
-            raise UserError(f"data.path: {file} is not a readable parquet file ({_first_line(e)}).") from e
-
-
-def find_files(path: Any) -> list[Path]:
-    """Expands files, folders (searched recursively) and globs, one or a list, to sorted distinct files.
-
-    Raises:
-        UserError: nothing matches, or a file named outright has an extension nobody reads.
-    """
-    entries = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    found: dict[Path, None] = {}
-    for entry in entries:
-        entry = os.path.expanduser(str(entry))
-        root = Path(entry)
-        if root.is_file():
-            if not extension(root):
-                raise UserError(
-                    f"data.path: {root} has an unknown extension{nearest(''.join(root.suffixes[-2:]), EXTENSIONS)}; "
-                    f"readable: {' '.join(EXTENSIONS)}"
-                )
-            matches = [root]
-        elif root.is_dir():
-            inside = (p for p in root.rglob("*") if not any(s.startswith(".") for s in p.relative_to(root).parts))
-            matches = [p for p in inside if p.is_file() and extension(p)]
-        elif any(c in entry for c in "*?["):
-            matches = [Path(p) for p in glob.glob(entry, recursive=True) if os.path.isfile(p) and extension(Path(p))]
-        else:
-            siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-            hint = nearest(root.name, siblings) if siblings else ""
-            raise UserError(f"data.path: {entry} does not exist{hint if 'mean' in hint else '; check the path.'}")
-        if not matches:
-            raise UserError(f"data.path: no file in {entry} ends in one of {' '.join(EXTENSIONS)}.")
-        found.update(dict.fromkeys(sorted(matches)))
-    if not found:
-        raise UserError("data.path is an empty list; name at least one file, folder or glob.")
-    return list(found)
-
-
-def jsonl_rows(file: Path) -> Iterator[tuple[str, dict]]:
-    """Yields every line of a .jsonl file as (what to call it in messages, object).
-
-    Raises:
-        UserError: the file cannot be read, or a line is not an object.
-    """
-    try:
-        with open(file, "rb") as data:
-            yield from _objects(file, data, "text")
-    except OSError as e:
-        raise UserError(f"data.path: {file} cannot be read ({e.strerror or e}).") from e
-
-
-def _objects(file: Path, data: BinaryIO, key: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(data, start=1):
-        where = f"data.path: line {number} of {file}"
-        try:
-            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(f"{where} is not UTF-8 ({e.reason}); convert it, e.g. with iconv -t UTF-8.") from e
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where} is not JSON ({e.msg} at column {e.colno}); mend or remove it.") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is a {type(row).__name__}, not an object with a '{key}' field.")
-        yield where, row
-
-
-def extension(path: Path) -> str:
-    """Returns which of EXTENSIONS the file's name ends in, or an empty string."""
-    name = path.name.lower()
-    return max((e for e in EXTENSIONS if name.endswith(e)), key=len, default="")
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix.endswith(".gz"):
-        return gzip.open(raw)
-    return lzma.open(raw) if suffix.endswith(".xz") else raw
-
 
 def _paragraph_end(text: str, target: int) -> int:
     """Returns where to cut ``text`` at ``target`` characters or a little later, best at a blank line."""
@@ -361,10 +252,6 @@ def field_of(row: dict, key: str, where: str) -> str:
     return row[key] or ""
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 # ------------------------------------------------------------------------------------------------------------- hub
 
 
@@ -372,49 +259,71 @@ class Hub(Source):
     """A Hugging Face data set, streamed; nothing but the rows read is downloaded."""
 
     def __init__(self, name: str, subset: str | None, split: str, text_key: str) -> None:
-        self.name, self.subset, self.split, self.text_key = name, subset, split, text_key
+        self.rows, self.text_key = HubRows(name, subset, split), text_key
 
     def describe(self) -> dict:
-        # The hub's revision is left out on purpose: asking for it would need the network on every cached start.
-        return {"kind": "hub", "name": self.name, "subset": self.subset, "split": self.split, "text_key": self.text_key}
+        return {"kind": "hub", **self.rows.describe(), "text_key": self.text_key}
 
     def __iter__(self) -> Iterator[str]:
-        for where, row in hub_rows(self.name, self.subset, self.split):
-            if document := field_of(row, self.text_key, where):
+        for where, row in self.rows:
+            if document := field_of(row, self.text_key, f"{where},"):
                 yield document
 
 
-def hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    """Yields a data set's rows, streamed, as (what to call the row in messages, row).
+# ------------------------------------------------------------------------------------------------------------ chat
+
+
+class Chat(Source):
+    """Conversations, rendered with a chat template.
+
+    Args:
+        records: in any shape that ``chat.conversation_of`` knows.
+        template: of the model that is trained.
+        train_on: "completions" counts what the model would write, "all" everything.
+    """
+
+    def __init__(self, records: Records, template: ChatTemplate, train_on: str = "completions") -> None:
+        if train_on not in TRAIN_ON:
+            raise UserError(f"data.train_on={train_on} is unknown{nearest(train_on, TRAIN_ON)}")
+        self.records, self.template, self.train_on = records, template, train_on
+
+    def describe(self) -> dict:
+        return {
+            "kind": "chat", **self.records.describe(), "train_on": self.train_on,
+            "template": template_name(self.template.tokenizer),
+        }  # fmt: skip
+
+    def progress(self) -> float | None:
+        return self.records.progress()
+
+    def __iter__(self) -> Iterator[Conversation]:
+        for where, record in self.records:
+            try:
+                messages = conversation_of(record)
+                if not any(m["role"] == "assistant" for m in messages):
+                    raise UserError("the conversation has no turn of the assistant to learn from.")
+                yield self.template.render(messages)
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from e
+
+    def encode(self, documents: list, tokenizer: Any) -> tuple[list[list[int]], list[list[bool]] | None]:
+        ids, masks = zip(*self.template.encode(documents), strict=True)
+        return list(ids), list(masks) if self.train_on == "completions" else None
+
+
+def template_name(tokenizer: Tokenizer) -> str:
+    """Returns the text of the tokenizer's chat template, or "gemma3" for the built-in one."""
+    return tokenizer.chat_template or "gemma3"
+
+
+def chat_records(settings: DataSettings) -> Records:
+    """Returns the records that ``data.kind=chat`` names.
 
     Raises:
-        UserError: the library is missing, the data set is unknown, or the hub cannot be reached.
+        UserError: neither or both of ``data.path`` and ``data.name`` are given, or there are no such files.
     """
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError("data.name= needs the datasets library; install it with pip install datasets.") from e
-    where = f"data.name={name}" + (f" (data.subset={subset})" if subset else "")
-    try:
-        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
-    except ValueError as e:  # unknown subset or split: the library's message lists the valid ones
-        raise UserError(f"{where}, data.split={split}: {' '.join(str(e).split())}") from e
-    except Exception as e:  # the library's network errors come from half a dozen packages
-        raise UserError(_unreachable(where, e)) from e
-    number = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as e:
-            raise UserError(_unreachable(f"{where}, row {number + 1}", e)) from e
-        number += 1
-        yield f"{where}, row {number},", row
-
-
-def _unreachable(where: str, error: BaseException) -> str:
-    return (
-        f"{where} cannot be read from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); check the "
-        f"name and the network, or use data.kind=text with files or data.kind=python_docs, which needs neither."
-    )
+    if bool(settings.path) == bool(settings.name):
+        raise UserError("data.kind=chat needs either data.path (.jsonl, .json, .parquet) or data.name, a hub data set.")
+    if settings.path:
+        return FileRecords(settings.path, CHAT_EXTENSIONS)
+    return HubRows(settings.name, settings.subset, settings.split)

@@ -130,6 +130,7 @@ def normalised_error(output: Tensor, target: Tensor, root: Tensor | None = None)
     difference = output.to(wide) - target
     if root is not None:
         with torch.autocast(target.device.type, enabled=False):
-            root = root.to(wide)
-            difference, target = difference @ root, target @ root
+            # In the output's own precision: the difference is taken, and squares are summed, in the wide one.
+            root = root.to(output.dtype)
+            difference, target = ((t.to(output.dtype) @ root).to(wide) for t in (difference, target))
     return difference.square().sum() / target.square().sum().clamp_min(torch.finfo(wide).tiny)

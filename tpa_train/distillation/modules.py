@@ -14,11 +14,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tpa_train.distillation.capture import capture_attention
+from tpa_train.distillation.averaging import WeightAverage
 from tpa_train.distillation.losses import linear_kl, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
+from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -98,6 +100,7 @@ class RecoveryModule(L.LightningModule):
     """
 
     stage: str
+    passes: tuple[str, ...]  # names of the methods that a step spends its time in, to be compiled
 
     def __init__(
         self,
@@ -142,20 +145,22 @@ class RecoveryModule(L.LightningModule):
             )
         self._tokens = checkpoint["recovery"]["tokens"]
 
+    def finish(self) -> None:
+        """Called after training; what the student ends with is set here once all steps are done."""
+
     def learning_rates(self) -> dict[str, float]:
         """Returns the peak learning rate of every parameter that learns; a factor's is relative to its size."""
         settings = self.settings
         return {n: settings.lr_factors if n in self._factors else settings.lr_original for n in self.trained}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters, members, groups = dict(self.student.named_parameters()), {}, []
+        parameters, members = dict(self.student.named_parameters()), {}
         for name, rate in self.learning_rates().items():
-            if name in self._factors:
-                scale = element_scale(parameters[name])
-                groups.append({"params": [parameters[name]], "lr": rate, "scale": scale})
-            else:
-                members.setdefault(rate, []).append(parameters[name])
-        groups += [{"params": list_, "lr": rate} for rate, list_ in members.items()]
+            members.setdefault((rate, name in self._factors), []).append(parameters[name])
+        groups = [
+            {"params": list_, "lr": rate, "scales": [element_scale(p) for p in list_] if relative else None}
+            for (rate, relative), list_ in members.items()
+        ]
         optimizer = ScaledAdamW(
             groups, betas=tuple(self.settings.betas), eps=ADAM_EPS, weight_decay=0.0, fused=self.device.type == "cuda"
         )
@@ -182,8 +187,37 @@ class RecoveryModule(L.LightningModule):
         raise NotImplementedError
 
 
+def trace_attention(
+    teacher: Gemma3ForCausalLM, layers: list[int], x: Tensor, context: AttentionContext
+) -> list[tuple[Tensor, Tensor]]:
+    """Returns what enters and leaves the attention of each of ``layers``, [B, L, D] each, from embeddings ``x``."""
+    traces = []
+    for index in range(layers[-1] + 1):
+        x, *trace = teacher.layers[index](x, context, trace=True)
+        if index in layers:
+            traces.append(tuple(trace))
+    return traces
+
+
+def attention_errors(
+    student: Gemma3ForMultimodalLMwithTPA,
+    traces: list[tuple[Tensor, Tensor]],
+    roots: list[Tensor | None],
+    context: AttentionContext,
+) -> list[Tensor]:
+    """Returns each converted attention's normalised error on the teacher's ``traces``, under M^½ of ``roots``."""
+    errors = []
+    for index, (entering, expected), root in zip(student.converted_layers, traces, roots, strict=True):
+        errors.append(normalised_error(student.layers[index].self_attn(entering, context), expected, root))
+    return errors
+
+
 def layer_errors(
-    teacher: Gemma3ForCausalLM, student: Gemma3ForMultimodalLMwithTPA, batch: dict[str, Tensor]
+    teacher: Gemma3ForCausalLM,
+    student: Gemma3ForMultimodalLMwithTPA,
+    batch: dict[str, Tensor],
+    trace: Callable[..., list[tuple[Tensor, Tensor]]] = trace_attention,
+    measure: Callable[..., list[Tensor]] = attention_errors,
 ) -> dict[int, Tensor]:
     """Returns each converted attention's normalised output error when it is given the teacher's input.
 
@@ -193,19 +227,16 @@ def layer_errors(
 
     Args:
         batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L]; ``images`` (``model.begin``).
+        trace, measure: the two passes, where a caller has compiled them.
     """
-    ids, layers = batch["token_ids"], student.converted_layers
-    with torch.no_grad(), capture_attention(teacher, layers) as records:
+    ids, layers, metrics = batch["token_ids"], student.converted_layers, student.output_metrics
+    for index, root in metrics.items():
+        metrics[index] = root.to(ids.device)
+    with torch.no_grad():
         x, context = teacher.begin(batch)
-        teacher.run_layers(x, context, stop=layers[-1] + 1)
-    errors = {}
-    for index, record in records.items():
-        root = student.output_metrics.get(index)
-        if root is not None and root.device != ids.device:
-            root = student.output_metrics[index] = root.to(ids.device)
-        output = student.layers[index].self_attn(record.input, record.context)
-        errors[index] = normalised_error(output, record.output, root)
-    return errors
+        traces = trace(teacher, layers, x, context)
+    errors = measure(student, traces, [metrics.get(index) for index in layers], context)
+    return dict(zip(layers, errors, strict=True))
 
 
 class LayerwiseModule(RecoveryModule):
@@ -218,7 +249,8 @@ class LayerwiseModule(RecoveryModule):
             a layer that starts close gets rates smaller by the root of its error: its noise stays below what it has.
     """
 
-    stage = "layerwise"
+    stage, passes = "layerwise", ("trace", "measure")
+    trace, measure = staticmethod(trace_attention), staticmethod(attention_errors)
 
     def __init__(
         self, teacher, student, settings: OptimizerSettings, total_steps: int, initial_errors: dict[int, float]
@@ -233,7 +265,7 @@ class LayerwiseModule(RecoveryModule):
         }
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = layer_errors(self.teacher, self.student, batch)
+        errors = layer_errors(self.teacher, self.student, batch, self.trace, self.measure)
         return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
 
 
@@ -248,9 +280,11 @@ class EndToEndModule(RecoveryModule):
             ``FULL_RATE_KL`` or above, and fall with the root of its KL below: the noise of Adam's steps is a KL of its
             own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
             2K tokens at full rates took a student from .006 to .038.
+        checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
+        ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
     """
 
-    stage = "distilled"
+    stage, passes = "distilled", ("teacher_pass", "student_pass")
 
     def __init__(
         self,
@@ -263,9 +297,12 @@ class EndToEndModule(RecoveryModule):
         hidden_until: float = 0.5,
         kl_every: int = 1,
         initial_kl: float = FULL_RATE_KL,
+        ema: float = 0.0,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
-        self.initial_kl = initial_kl
+        self.average = WeightAverage(ema) if ema > 0 else None
+        self.initial_kl, self.checkpoint_activations = initial_kl, checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
 
@@ -273,35 +310,72 @@ class EndToEndModule(RecoveryModule):
         share = min(1.0, max(self.initial_kl, 0.0) / FULL_RATE_KL) ** 0.5
         return {name: rate * share for name, rate in super().learning_rates().items()}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update(self.trained_tensors())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.average is not None:
+            checkpoint["recovery"]["average"] = self.average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["recovery"]["average"])
+
+    def finish(self) -> None:
+        if self.average is not None and self.global_step >= self.total_steps:
+            self.average.copy_to(self.trained_tensors())
+
     def _decayed_weight(self) -> float:
         progress = self.global_step / max(1, self.hidden_until * self.total_steps)
         return self.hidden_weight * max(0.0, 1.0 - progress)
 
+    def teacher_pass(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Returns the residual stream below the first learning layer, those above it, and final hidden states.
+
+        All are [B, L, D]; the streams above are left out where no hidden-state loss asks for them.
+        """
+        shared = x = self.teacher.run_layers(x, context, stop=self.first)
+        streams = []
+        for layer in self.teacher.layers[self.first :]:
+            x = layer(x, context)
+            streams.append(x)
+        return shared, streams if self.hidden_weight > 0 else [], self.teacher.norm(x)
+
+    def student_pass(self, x: Tensor, context: AttentionContext, targets: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Returns final hidden states [B, L, D] and the mean normalised error against the streams ``targets``.
+
+        Args:
+            x: residual stream below the first learning layer, where teacher and student are one.
+        """
+        error = None
+        for number, layer in enumerate(self.student.layers[self.first :]):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+            if targets:
+                term = normalised_error(x, targets[number]) / len(targets)
+                error = term if error is None else error + term
+        return self.student.norm(x), error
+
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, weight = batch["token_ids"], self._decayed_weight()
+        ids = batch["token_ids"]
         with torch.no_grad():
             x, context = self.teacher.begin(batch)
-            shared = self.teacher.run_layers(x, context, stop=self.first)
-        # Nothing below the first learning layer differs, so both continue from the same residual stream.
-        x_teacher = x_student = shared
-        hidden_error = shared.new_zeros(())
-        for index in range(self.first, self.teacher.config.num_layers):
-            with torch.no_grad():
-                x_teacher = self.teacher.layers[index](x_teacher, context)
-            x_student = self.student.layers[index](x_student, context)
-            if weight > 0:
-                hidden_error = hidden_error + normalised_error(x_student, x_teacher)
-        hidden_error = hidden_error / (self.teacher.config.num_layers - self.first)
+            shared, streams, h_teacher = self.teacher_pass(x, context)
+        h_student, hidden_error = self.student_pass(shared, context, streams)
         every = min(self.kl_every, ids.shape[1])
         # Another residue each step, so that all positions get their turn.
         pick = slice(self.global_step % every, None, every)
-        with torch.no_grad():
-            h_teacher = self.teacher.norm(x_teacher)[:, pick].flatten(0, 1)
-        h_student = self.student.norm(x_student)[:, pick].flatten(0, 1)
+        h_teacher, h_student = (h[:, pick].flatten(0, 1) for h in (h_teacher, h_student))
         # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
         weights = None if context.images is None else context.images.text[:, pick].flatten()
         kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight, weights)
-        metrics = {"kl": kl.detach()}
-        if weight > 0:
-            metrics["hidden_error"] = hidden_error.detach()
-        return kl + weight * hidden_error, metrics
+        if hidden_error is None:
+            return kl, {"kl": kl.detach()}
+        loss = kl + self._decayed_weight() * hidden_error
+        return loss, {"kl": kl.detach(), "hidden_error": hidden_error.detach()}

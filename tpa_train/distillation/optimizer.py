@@ -30,19 +30,22 @@ def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
 
 
 class ScaledAdamW(torch.optim.AdamW):
-    """AdamW with an optional ``scale`` in a parameter group: each step is multiplied by it, element by element.
+    """AdamW with optional ``scales`` in a parameter group: each step is multiplied by them, element by element.
 
-    A group with a ``scale`` holds exactly one parameter. The state is AdamW's own, so checkpoints do not change.
+    ``scales`` has one item a parameter of the group, as ``element_scale`` returns it. The state is AdamW's own.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        scaled = [(group["params"][0], group["scale"]) for group in self.param_groups if group.get("scale") is not None]
-        before = [parameter.clone() for parameter, _ in scaled]
+        groups = [group for group in self.param_groups if group.get("scales") is not None]
+        scaled = [pair for group in groups for pair in zip(group["params"], group["scales"], strict=True)]
+        parameters = [parameter for parameter, _ in scaled]
+        before = [parameter.clone() for parameter in parameters]
         loss = super().step(closure)
-        for (parameter, scales), old in zip(scaled, before, strict=True):
-            step = parameter - old
-            for scale in scales:
-                step *= scale.to(parameter)
-            parameter.copy_(old + step)
+        if parameters:
+            steps = torch._foreach_sub(parameters, before)
+            for step, (_, scales) in zip(steps, scaled, strict=True):
+                for scale in scales:
+                    step *= scale.to(step)
+            torch._foreach_copy_(parameters, torch._foreach_add(before, steps))
         return loss

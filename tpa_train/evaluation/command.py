@@ -39,6 +39,10 @@ class DataArgs:
             "which is used; without it the held-out part of the documentation that Python itself carries."
         },
     )
+    chat: bool = field(
+        default=False,
+        metadata={"help": "data.path holds conversations (.jsonl, .json, .parquet): score the model's turns only."},
+    )
     text_key: str = field(default="text", metadata={"help": "field that holds the text in .jsonl and .parquet."})
     join_documents: bool = field(
         default=True,
@@ -70,6 +74,11 @@ class EvaluateArgs:
         default=None,
         metadata={"help": f"checkpoint to compare with; null: the one the export was made from, else {DEFAULT_MODEL}."},
     )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "LoRA adapter to merge into the teacher; null: the one that the export recorded, unless "
+                  "teacher= is given."},
+    )  # fmt: skip
     context: int | None = field(
         default=None,
         metadata={"help": f"tokens of a row; null: {CPU_CONTEXT} on a CPU, else {ACCELERATOR_CONTEXT}."},
@@ -149,6 +158,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     result["source"] = {
         "description": getattr(teacher.source, "description", ""),
         "weights_quantized": bool(getattr(teacher.source, "weights_quantized", False)),
+        "adapter": str(adapter) if (adapter := getattr(teacher.source, "adapter", None)) else None,
     }
     result["cache"] = cache_report(teacher, student, args.cache_context).to_dict()
     result["layers"] = layer_rows(student)
@@ -195,9 +205,10 @@ def load_models(folder: Path, args: EvaluateArgs, device: torch.device) -> tuple
 
     dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     path = args.teacher or recorded_source(folder)
+    adapter = args.adapter or (None if args.teacher else recorded_adapter(folder))
     path = str(find_default(path or DEFAULT_MODEL)) if path in (None, DEFAULT_MODEL) else path
     student = Gemma3ForMultimodalLMwithTPA.from_pretrained(folder, dtype=dtype, device=device)
-    teacher = load_pretrained(path, dtype=dtype).to(device)
+    teacher = load_pretrained(path, dtype, adapter).to(device)
     if teacher.config != student.config:
         raise UserError(f"{path} is not the original of {folder}: their sizes differ; name the right one as teacher=.")
     return teacher, student, path
@@ -205,15 +216,24 @@ def load_models(folder: Path, args: EvaluateArgs, device: torch.device) -> tuple
 
 def recorded_source(folder: Path) -> str | None:
     """Returns the teacher's path that the export recorded, if it is still there (or is a packaged model's name)."""
-    try:
-        source = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("source")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if isinstance(source, dict):
-        source = source.get("path")
+    source = _recorded(folder).get("path")
     if not isinstance(source, str) or not source:
         return None
     return source if source == DEFAULT_MODEL or Path(source).expanduser().exists() else None
+
+
+def recorded_adapter(folder: Path) -> str | None:
+    """Returns the folder of the adapter that the export's original was merged with, or None if there was none."""
+    return _recorded(folder).get("adapter") or None
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Returns what config.json says of the original; early exports have its path alone."""
+    try:
+        source = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("source")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return source if isinstance(source, dict) else {"path": source}
 
 
 def measure(
@@ -279,7 +299,8 @@ def evaluation_text(
     if heldout is None:  # data packed earlier has its own split, and its training part is no text to evaluate on
         heldout = not data.path or (len(data.path) == 1 and is_packed(Path(data.path[0]).expanduser()))
     if data.path:
-        settings.kind, settings.path = "text", data.path[0] if len(data.path) == 1 else list(data.path)
+        settings.kind = "chat" if data.chat else "text"
+        settings.path = data.path[0] if len(data.path) == 1 else list(data.path)
         if not heldout:
             settings.heldout_fraction, settings.heldout_min_tokens = 0.0, 0
     stream = PackedStream(pack(settings, tokenizer, progress), "heldout" if heldout else "train", tokenizer.fingerprint)
@@ -335,9 +356,10 @@ def render(result: dict[str, Any]) -> str:
         rows.append([f"{name}: per character", f"{a['acc_norm']:.1%}", f"{b['acc_norm']:.1%}"])
     notes = [f"The cache is {cache.ratio:.2f} times smaller."]
     if result["stages"]:
-        about = result["evaluation"]
+        about, measured = result["evaluation"], result["stages"][1]
+        what = "tokens of the model's turns" if measured["masked"] else "tokens"
         notes.append(
-            f"{result['stages'][1]['evaluated_tokens']:,} tokens scored of {about['text']}, in {about['rows']} rows of "
+            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {about['rows']} rows of "
             f"{about['context']:,}; KL in nats a token."
         )
     for suite in result["suites"]:
@@ -346,6 +368,8 @@ def render(result: dict[str, Any]) -> str:
             f"{Path(suite['path']).stem}: {a['questions']:,} questions, standard error {a['stderr']:.1%}, guessing "
             f"{a['chance']:.1%}; both answer {suite['agreement']:.1%} of them alike."
         )
+    if result["source"]["adapter"]:
+        notes.append(f"The teacher has the adapter {result['source']['adapter']} merged into its weights.")
     if result["source"]["weights_quantized"]:
         notes.append(
             f"The teacher's weights were read from a quantized file ({result['source']['description']}): differences "
@@ -359,6 +383,8 @@ def _check(args: EvaluateArgs) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
+    if args.data.chat and not args.data.path:
+        raise UserError("data.chat=true needs data.path: a file of conversations.")
     if args.suite.limit is not None and args.suite.limit < 1:
         raise UserError(f"suite.limit={args.suite.limit} must be at least 1.")
 

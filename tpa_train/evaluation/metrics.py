@@ -216,7 +216,9 @@ def _compare_chunk(
     return TokenComparison(teacher.nll, student.nll, kl, teacher.best == student.best)
 
 
-def next_token_mask(token_ids: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def next_token_mask(
+    token_ids: Tensor, document_ids: Tensor | None = None, loss_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Which predictions count, and how much context each of them had.
 
     Position i predicts token i + 1. A document's first token is not scored: the one before it belongs to another
@@ -224,19 +226,21 @@ def next_token_mask(token_ids: Tensor, document_ids: Tensor | None = None) -> tu
 
     Args:
         token_ids: int [B, L]; document_ids: int [B, L], constant inside a document, or None for one per row.
+        loss_mask: bool [B, L], whether the prediction made at a position counts (rows of conversations); None: all do.
 
     Returns:
         scored bool [B, L − 1], and seen int [B, L − 1]: tokens of its own document that the prediction could use (≥ 1).
     """
     batch, length = token_ids.shape
     index = torch.arange(length, device=token_ids.device).expand(batch, length)
+    counted = torch.ones_like(token_ids, dtype=torch.bool) if loss_mask is None else loss_mask
     if document_ids is None:
-        return torch.ones(batch, length - 1, dtype=torch.bool, device=token_ids.device), index[:, :-1] + 1
+        return counted[:, :-1], index[:, :-1] + 1
     scored = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] >= 0)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     start_index = torch.where(starts, index, 0).cummax(dim=1).values
-    return scored, (index - start_index + 1)[:, :-1]
+    return scored & counted[:, :-1], (index - start_index + 1)[:, :-1]
 
 
 def position_edges(context: int) -> list[int]:
@@ -290,7 +294,10 @@ class QualityMetric(Metric):
         total = {name: value.sum().item() for name, value in sums.items()}
         count = total["count"]
         if not count:
-            raise UserError("the evaluation text has no token to score: every document is shorter than two tokens.")
+            raise UserError(
+                "the evaluation text has no token to score: every document is shorter than two tokens, or no turn of "
+                "the model is among them."
+            )
         by_position, below = [], 0
         for index, edge in enumerate(self.edges):
             tokens = sums["count"][index].item()

@@ -244,14 +244,17 @@ def plot_frontier(
     order = sorted(lines, key=lambda m: (marked[m], not m.startswith("ours"), min(r["kl"] for r in lines[m])))
     with plt.rc_context(STYLE | {"axes.grid.axis": "both"}):
         figure, axis = plt.subplots(figsize=(7.4, 4.4), layout="constrained")
-        colors = itertools.cycle((BLUE, SKY, ORANGE, GREEN, RED, "#CC79A7"))  # the last: Okabe-Ito's purple
-        marks = itertools.cycle("sD^vP")
+        # The last three: Okabe and Ito's purple, a grey and a brown. After them dashes tell lines apart.
+        colors = [BLUE, SKY, ORANGE, GREEN, RED, "#CC79A7", "#777777", "#8c564b"]
+        styles = itertools.product(("-", "--", ":"), colors)
+        marks = itertools.cycle("sD^vPX*p")
         for mix in order:
             points = lines[mix]
             x, y = [r["bytes"] for r in points], [r["kl"] for r in points]
             if not marked[mix]:
                 wide = 2.2 if mix.startswith("ours") else 1.4
-                axis.plot(x, y, color=next(colors), marker="o", ms=4, linewidth=wide, label=mix)
+                dashes, color = next(styles)
+                axis.plot(x, y, color=color, linestyle=dashes, marker="o", ms=4, linewidth=wide, label=mix)
                 continue
             axis.plot(x, y, color="black", linestyle="none", marker=next(marks), ms=6, label=mix)
             for row in points:

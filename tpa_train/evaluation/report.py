@@ -37,6 +37,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)  # filled when empty
     source: str = ""  # the loader's words for the weights, model.source.description
     weights_quantized: bool = False  # the teacher's weights come from a quantized file
+    adapter: str = ""  # name of the LoRA adapter that was merged into the teacher's weights
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # text, rows, context, as the caller describes it
     samples: Sequence[Mapping[str, str]] = ()  # suites.greedy_samples
     layer_errors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {"layers", "before", "after"?}
@@ -55,6 +56,8 @@ class Report:
         fields.setdefault("source", getattr(source, "description", "") or "")
         fields.setdefault("weights_quantized", bool(getattr(source, "weights_quantized", False)))
         fields.setdefault("multimodal", getattr(getattr(teacher, "config", None), "vision", None) is not None)
+        adapter = getattr(source, "adapter", None)
+        fields.setdefault("adapter", adapter.name if adapter is not None else "")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +70,10 @@ class Report:
             "layers": [dict(row) for row in self.layers],
             "versions": dict(self.versions),
             "command": self.command,
-            "source": {"description": self.source, "weights_quantized": self.weights_quantized},
+            "source": {
+                "description": self.source, "weights_quantized": self.weights_quantized,
+                "adapter": self.adapter or None,
+            },
             "evaluation": dict(self.evaluation),
             "layer_errors": {key: list(values) for key, values in self.layer_errors.items()},
             "samples": [dict(sample) for sample in self.samples],
@@ -149,6 +155,10 @@ def render_markdown(report: Report, pictures: Mapping[str, str] | None = None) -
         parts.append(
             f"> **Note:** the original's weights were read from a quantized file: {report.source or 'format unknown'}. "
             "The student is compared with them, not with the weights that were published."
+        )
+    if report.adapter:
+        parts.append(
+            f"The original is {report.model} with the adapter `{report.adapter}` merged into it ({report.source})."
         )
     if report.stages:
         parts += ["## Teacher beside student", stage_table(report.stages), _evaluation_line(report)]
@@ -309,7 +319,8 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         "\n".join(front),
         f"# {report.model}, Tensor Product Attention form",
         f"Gemma 3 whose KV cache takes {_bytes(cache.tpa_bytes)} at {cache.context:,} tokens instead of "
-        f"{_bytes(cache.dense_bytes)} ({cache.ratio:.2f}× smaller), {_making(report.stages)}.",
+        f"{_bytes(cache.dense_bytes)} ({cache.ratio:.2f}× smaller), {_making(report.stages)}."
+        + (f" The original had the adapter `{report.adapter}` merged into it." if report.adapter else ""),
         "## Terms",
         f"The weights are a derivative of Gemma: their use and distribution are subject to the Gemma Terms of Use at "
         f"{GEMMA_TERMS}. Gemma is provided under and subject to those terms.",
@@ -349,7 +360,8 @@ def _evaluation_line(report: Report) -> str:
     last = report.stages[-1]
     about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.evaluation.items())
     head = "" if last.head_dtype in ("float32", "float64") else f"; vocabulary scores in {last.head_dtype}"
-    measured = f"Measured on {last.evaluated_tokens:,} held-out tokens" + (f" ({about})" if about else "")
+    what = "held-out tokens of the model's turns" if last.masked else "held-out tokens"
+    measured = f"Measured on {last.evaluated_tokens:,} {what}" + (f" ({about})" if about else "")
     return (
         f"{measured}{head}. KL(teacher ‖ student) in nats a token; top-1: both rank the same token first; copy N: of a "
         "text repeated after N tokens, the tokens of the second copy predicted right; tokens and time: what the stage "

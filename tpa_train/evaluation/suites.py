@@ -55,6 +55,7 @@ class StageResult:
     evaluation_seconds: float = 0.0
     head_dtype: str = "float32"
     image_tokens: dict[str, float] = field(default_factory=dict)
+    masked: bool = False  # only positions that the rows' loss masks count were scored: the model's turns
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,7 +85,8 @@ class Evaluator:
     Args:
         teacher: the original model.
         rows: held-out rows ``{"token_ids": [L], "document_ids": [L]}``, and ``"images"`` [n, 3, S, S] for multimodal
-            models, or int tensor [rows, L] of single documents.
+            models, or int tensor [rows, L] of single documents. Rows with a ``"loss_mask"`` [L] are scored where it is
+            True.
         copy_texts: C -> int [count, 1 + 2C]: BOS, a text, the same text again.
         batch_size: rows a forward pass (copy texts go one by one, they are long).
         head_dtype: of the vocabulary matmul's inputs (``metrics.score_tokens``). Scores are at least float32 unless
@@ -171,6 +173,7 @@ class Evaluator:
             evaluation_seconds=time.perf_counter() - start,
             head_dtype=str(self.head_dtype).removeprefix("torch."),
             image_tokens={key: at_images[key] for key in ("tokens", "kl", "top1") if at_images},
+            masked="loss_mask" in self._row(0),
         )
 
     def _score_rows(
@@ -189,8 +192,9 @@ class Evaluator:
         student_hidden = teacher_hidden if student is None else self._run(student, batch)
         if not real:
             return
-        token_ids = batch["token_ids"].to(device)
-        scored, seen = next_token_mask(token_ids, batch["document_ids"].to(device))
+        batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "images"}
+        token_ids = batch["token_ids"]
+        scored, seen = next_token_mask(token_ids, batch["document_ids"], batch.get("loss_mask"))
         targets = token_ids[:, 1:]
         counted = [(quality, scored)]
         if self.image_token is not None:
@@ -243,7 +247,10 @@ class Evaluator:
         return {"token_ids": row, "document_ids": torch.zeros_like(row)} if isinstance(row, Tensor) else row
 
     def _batches(self) -> Iterator[tuple[int, dict[str, Tensor], bool]]:
-        """Yields (number of the first row, batch of rows [B, L], count it) for this process."""
+        """Yields (number of the first row, batch of rows [B, L], count it) for this process.
+
+        Either all rows have a loss mask or none has one, since they are cut from one stream.
+        """
         starts = range(0, len(self.rows), self.batch_size)
         for first, real in _shard(starts):
             rows = [self._row(i) for i in range(first, min(first + self.batch_size, len(self.rows)))]
@@ -264,8 +271,9 @@ def greedy_samples(
     prompts: Sequence[str],
     max_tokens: int = 48,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    chat: bool = False,
 ) -> list[dict[str, str]]:
-    """Continues each prompt by both models, greedily and with their caches.
+    """Continues each prompt by both models, greedily and with their caches; with ``chat`` they answer it instead.
 
     Returns:
         one ``{"prompt", "teacher", "student"}`` a prompt, continuations without the prompt.
@@ -281,7 +289,8 @@ def greedy_samples(
             device = _device(model).type
             # What write() returns under autocast is what the cache should hold.
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            texts = [generate(model, [p], max_tokens, temperature=0.0, cache_dtype=dtype)[0] for p in prompts]
+            options = {"temperature": 0.0, "cache_dtype": dtype, "chat": chat}
+            texts = [generate(model, [p], max_tokens, **options)[0] for p in prompts]
         for sample, text in zip(samples, texts, strict=True):
             sample[key] = text
     return samples

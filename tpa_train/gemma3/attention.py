@@ -9,6 +9,8 @@ A subclass changes what one token writes into the cache and how keys and values 
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,8 +29,11 @@ try:  # torch ≥ 2.10; older versions and CPUs use the SDPA path below
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover - depends on the installed torch
     varlen_attn = None
+# Newer versions read each key for all its query heads instead of having it repeated.
+VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 RotaryTable = tuple[Tensor, Tensor]
+DOCUMENT_SIZES = 8  # on CUDA, offsets of documents are filled up to a power of this, 64 at least
 BAND_BLOCK = 128  # queries of a block in the banded path: it computes W + 128 scores a query for the W that are needed
 
 
@@ -37,17 +42,23 @@ class Documents:
     """Which document every token of a packed batch belongs to; attention never crosses a document's edge.
 
     ``ids``: int [B, L], constant inside a document and different in neighbouring ones.
+
+    On CUDA ``cu_seqlens`` is filled up with empty documents to one of a few sizes, so that code compiled for its shape
+    serves every batch.
     """
 
     ids: Tensor
-    cu_seqlens: Tensor = field(init=False)  # int32 [documents + 1], offsets in the flattened [B·L] tokens
+    cu_seqlens: Tensor = field(init=False)  # int32 [≥ documents + 1], offsets in the flattened [B·L] tokens
 
     def __post_init__(self) -> None:
         batch, length = self.ids.shape
         starts = torch.ones_like(self.ids, dtype=torch.bool)
         starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         first = starts.flatten().nonzero().flatten()
-        self.cu_seqlens = torch.cat((first, first.new_tensor([batch * length]))).to(torch.int32)
+        size = len(first) + 1
+        if self.ids.is_cuda:
+            size = DOCUMENT_SIZES ** math.ceil(math.log(max(size, DOCUMENT_SIZES**2), DOCUMENT_SIZES))
+        self.cu_seqlens = F.pad(first, (0, size - len(first)), value=batch * length).to(torch.int32)
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Returns (row, start, end) of every document, on the host."""
@@ -131,12 +142,15 @@ def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
     else:
         edges = documents.cu_seqlens
-    if k.shape[2] != heads:  # expand is free; the kernels of torch 2.10 have no enable_gqa
-        k = k.repeat_interleave(heads // k.shape[2], dim=2)
-        v = v.repeat_interleave(heads // v.shape[2], dim=2)
-    flat = [t.reshape(batch * length, heads, dim) for t in (q, k, v)]
+    options = {}
+    if k.shape[2] != heads:
+        if VARLEN_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (k, v))
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
     left = -1 if window is None else window - 1
-    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0))
+    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
     return out.view(batch, length, heads, dim)
 
 

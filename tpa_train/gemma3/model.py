@@ -33,16 +33,22 @@ class DecoderLayer(nn.Module):
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             self.register_module(f"{name}_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Maps the residual stream [B, L, D] to the next one.
+    def forward(
+        self, x: Tensor, context: AttentionContext, trace: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Maps the residual stream [B, L, D] to the next one; with ``trace`` also what enters and leaves the attention.
 
-        A layer that waits in the host's memory (``trainer.offload``) is lent to the device of ``x`` meanwhile.
+        The trace is a return value, not a forward hook, so that a compiled layer gives it too. A layer that waits in
+        the host's memory (``trainer.offload``) is lent to the device of ``x`` meanwhile.
         """
         if self.mlp.gate_proj.weight.device != x.device:
             with lent(self, x.device):
-                return self(x, context)
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+                return self(x, context, trace)
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, context)
+        x = x + self.post_attention_layernorm(attended)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return (x, normed, attended) if trace else x
 
 
 class Gemma3ForCausalLM(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,12 @@ from tpa_train.gemma3.vision_config import VisionConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from tpa_train.gemma3.chat import ChatTemplate
+
     ImageLike = Image | str | Path
 
 START_OF_IMAGE = "<start_of_image>"  # where an image stands in a text
+_PLACE = "\ue00d"  # the same inside a chat template, where what a user types is spelled out; of the private use area
 # Pan and scan: an image this much longer than high (or the other way round) is also shown in up to so many crops.
 MIN_RATIO, MIN_CROP, MAX_CROPS = 1.2, 256, 4
 
@@ -140,7 +143,7 @@ def encode_prompt(
     text: str,
     images: Sequence[ImageLike] = (),
     pan_and_scan: bool = False,
-    bos: bool = True,
+    chat: ChatTemplate | None = None,
 ) -> tuple[list[int], Tensor | None]:
     """Returns a prompt's token ids, and the bytes of its images, uint8 [N, 3, S, S] (None without images).
 
@@ -153,7 +156,10 @@ def encode_prompt(
         text: with one ``<start_of_image>`` an image, or none at all.
         images: paths or Pillow images, in the order of the text.
         pan_and_scan: show long images in crops as well (T tokens each).
-        bos: whether ``<bos>`` comes first.
+        chat: puts the text, with its images, into a user's turn that the model is to answer.
+
+    Returns:
+        The ids, ``<bos>`` first, and the bytes.
 
     Raises:
         UserError: there are more or fewer images than places, an image is missing or broken, or the model is text-only.
@@ -163,13 +169,21 @@ def encode_prompt(
             raise UserError(
                 "this model is text-only: it cannot be given images; use a multimodal one (4B, 12B, 27B)."
             )
-        return tokenizer.encode(text, bos=bos), None
+        return tokenizer.encode(text) if chat is None else chat.encode_prompt(text), None
     pieces = pieces_around(text, len(images))
     if not images:
-        return tokenizer.encode(text, bos=bos), None
+        return tokenizer.encode(text) if chat is None else chat.encode_prompt(text), None
     processor = ImageProcessor(config)
     views = [processor.views(image, pan_and_scan) for image in images]
-    return place_images(tokenizer, config, pieces, [len(v) - 1 for v in views], bos), torch.cat(views)
+    crops = [len(v) - 1 for v in views]
+    if chat is None:
+        return place_images(tokenizer, config, pieces, crops), torch.cat(views)
+    content = _PLACE.join(piece.replace(_PLACE, "") for piece in pieces)
+    rendered = chat.prompt([{"role": "user", "content": content}]).split(_PLACE)
+    if len(rendered) != len(pieces):
+        raise UserError("the checkpoint's chat template does not keep the places of images; use chat=false.")
+    ids = place_images(tokenizer, config, rendered, crops, lambda text: tokenizer.encode_rendered([text])[0])
+    return chat.with_bos(ids), torch.cat(views)
 
 
 def pieces_around(text: str, images: int, where: str = "the prompt") -> list[str]:
@@ -190,9 +204,16 @@ def pieces_around(text: str, images: int, where: str = "the prompt") -> list[str
 
 
 def place_images(
-    tokenizer: Any, config: VisionConfig, pieces: Sequence[str], crops: Sequence[int], bos: bool = True
+    tokenizer: Any,
+    config: VisionConfig,
+    pieces: Sequence[str],
+    crops: Sequence[int],
+    encode: Callable[[str], list[int]] | None = None,
 ) -> list[int]:
-    """Returns the ids of ``pieces`` of text with an image, shown in ``crops`` more views, between each two of them."""
+    """Returns the ids of ``pieces`` of text with an image, shown in ``crops`` more views, between each two of them.
+
+    ``encode`` gives those of text; the tokenizer's own, after a ``<bos>``, when left out.
+    """
     stretches = [pieces[0]]  # of text, with one view of an image between each two
 
     def add_view(before: str) -> None:
@@ -209,9 +230,9 @@ def place_images(
             add_view("")
         stretches[-1] += after
     view = [config.start_token_id, *[config.image_token_id] * config.tokens_per_image, config.end_token_id]
-    ids = tokenizer.encode(stretches[0], bos=bos)
+    ids = encode(stretches[0]) if encode else tokenizer.encode(stretches[0])
     for stretch in stretches[1:]:
-        ids += view + tokenizer.encode(stretch, bos=False)
+        ids += view + (encode(stretch) if encode else tokenizer.encode(stretch, bos=False))
     return ids
 
 

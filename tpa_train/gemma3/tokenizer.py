@@ -3,6 +3,7 @@
 What SentencePiece alone does not do, and this module adds:
 - control pieces (``<bos>``, ``<eos>``, ...) written in the text: SentencePiece spells them out, Hugging Face reads
   each as its single id, and chat templates rely on that;
+- the same names written by a user inside a chat, which must stay text (``literal``, ``encode_rendered``);
 - a model rebuilt from another container (GGUF) has no file: ``sentencepiece_model`` writes one, byte by byte.
 
 One difference from transformers is left on purpose: of a run of 32 or more spaces SentencePiece takes 31 at a time,
@@ -28,6 +29,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # Pieces that carry structure, not text: parsed from text as Hugging Face does, never printed.
 CONTROL_NAMES = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 TURN_NAMES = ("<start_of_turn>", "<end_of_turn>")
+
+# Stands after the "<" of a name that is meant as text. A lone surrogate: no valid text holds one.
+_LITERAL = "\udc00"
+_STRUCTURE = re.compile("<(?=(?:pad|eos|bos|unk|mask|start_of_[a-z]+|end_of_[a-z]+|image_soft_token|unused[0-9]+)>)")
 
 
 class Tokenizer:
@@ -114,6 +119,22 @@ class Tokenizer:
                 ids.extend(next(encoded))
             batch.append(ids)
         return batch
+
+    def literal(self, text: str) -> str:
+        """Returns ``text`` for use in a chat template, such that no name of a control or turn piece in it is one.
+
+        Only ``encode_rendered`` understands the result: what a user or a data set writes must not end a turn.
+        """
+        return _STRUCTURE.sub("<" + _LITERAL, _valid(text))
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of rendered templates, without a ``<bos>`` of their own.
+
+        Control pieces of the template become their ids; those inside ``literal`` text are spelled out.
+        """
+        parts = [text.split(_LITERAL) for text in texts]
+        encoded = iter(self.encode_batch([stretch for part in parts for stretch in part], bos=False))
+        return [[index for _ in part for index in next(encoded)] for part in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ``ids``; control and turn pieces, and ids beyond the vocabulary, print nothing."""
@@ -223,6 +244,11 @@ def _int_field(number: int, value: int) -> bytes:
 
 def _bytes_field(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def without_marks(text: str) -> str:
+    """Returns the text that ``literal`` was given, at least as far as it is valid."""
+    return text.replace(_LITERAL, "")
 
 
 def _valid(text: str) -> str:

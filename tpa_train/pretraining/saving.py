@@ -20,7 +20,7 @@ from tpa_train.gemma3.tokenizer import Tokenizer
 def huggingface_config(config: Gemma3Config, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """Returns ``config.json``'s content, with RoPE in both spellings that transformers has used (4.50 to 5.x)."""
     factor = config.rope_scaling_factor
-    scaling = {} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     names = {"local": "sliding_attention", "global": "full_attention"}
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -40,9 +40,9 @@ def huggingface_config(config: Gemma3Config, tokenizer: Tokenizer, dtype: torch.
         "layer_types": [names[kind] for kind in config.layer_kinds],
         "rope_theta": config.rope_theta,
         "rope_local_base_freq": config.rope_local_theta,
-        "rope_scaling": scaling or None,
+        "rope_scaling": None if factor == 1.0 else scaling,
         "rope_parameters": {
-            "full_attention": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+            "full_attention": scaling | {"rope_theta": config.rope_theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_theta},
         },
         "attention_bias": False,

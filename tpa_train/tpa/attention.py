@@ -26,6 +26,9 @@ class FactorizedAttention(Attention):
         key_entries, value_entries = spec.key_entries(config), spec.value_entries(config)
         self.entries = key_entries + value_entries
         self.num_key_entries = len(key_entries)
+        # Buffers on the CPU even where parameters are built without storage; not part of a checkpoint.
+        for index, entry in enumerate(self.entries):
+            self.register_buffer(f"levels_{index}", entry.levels("cpu"), persistent=False)
 
     def _build_query(self) -> None:
         self.shared = build_shared(self.config, self.spec)  # first: every Tucker part refers to it
@@ -46,7 +49,10 @@ class FactorizedAttention(Attention):
         return (*self.keys.write(x, rotary), *self.values.write(x))
 
     def as_cached(self, entries: Entries) -> Entries:
-        return tuple(entry.rounded(t) for entry, t in zip(self.entries, entries, strict=True))
+        return tuple(
+            entry.rounded(t, getattr(self, f"levels_{index}"))
+            for index, (entry, t) in enumerate(zip(self.entries, entries, strict=True))
+        )
 
     def storage(self) -> list[StoredShape]:
         return [shape for entry in self.entries for shape in entry.storage()]

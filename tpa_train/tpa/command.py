@@ -34,6 +34,12 @@ class GenerateArgs:
         "prompt says <start_of_image>, or before it."},
     )  # fmt: skip
     pan_and_scan: bool = field(default=False, metadata={"help": "show long images in crops as well."})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
+    chat: str = field(
+        default="false",
+        metadata={"help": "put the prompt into the model's chat template and let it answer; auto: if its checkpoint "
+                  "came with a template.", "choices": ("false", "true", "auto")},
+    )  # fmt: skip
     max_tokens: int = field(default=128, metadata={"help": "write at most so many tokens."})
     temperature: float = field(default=0.0, metadata={"help": "0 takes the likeliest token every time."})
     top_k: int | None = field(default=None, metadata={"help": "sample from the so many likeliest tokens only."})
@@ -66,13 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _check(args)
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == STDIN else args.prompt
-    model = open_model(args.model, args.dtype, args.device)
+    model = open_model(args.model, args.dtype, args.device, args.adapter)
     figures = stream(model, prompt, args, sys.stdout)
     print(describe(figures), file=sys.stderr)
 
 
-def open_model(path: str | Path, dtype: str | None = None, device: str | None = None) -> Gemma3ForCausalLM:
+def open_model(
+    path: str | Path, dtype: str | None = None, device: str | None = None, adapter: str | None = None
+) -> Gemma3ForCausalLM:
     """Loads an exported folder, the export of a run folder, an original checkpoint, or a packaged model by name.
+
+    ``adapter`` is merged into an original checkpoint.
 
     Raises:
         UserError: nothing of the kind is at ``path``, it is damaged, or the device cannot be used.
@@ -91,9 +101,11 @@ def open_model(path: str | Path, dtype: str | None = None, device: str | None = 
             )
         folder = folder / "export"
     if is_export(folder):
+        if adapter is not None:
+            raise UserError(f"adapter={adapter}: {folder} is an export; adapters are merged into originals only.")
         return load_export(folder, dtype=weights, device=where)
     original = find_default(str(path)) if is_packaged(str(path)) and not folder.exists() else folder
-    return load_pretrained(original, dtype=weights).to(where).eval()
+    return load_pretrained(original, weights, adapter).to(where).eval()
 
 
 def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextIO) -> dict[str, Any]:
@@ -111,6 +123,7 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
 
     if model.tokenizer is None:
         raise UserError(f"model={args.model} has no tokenizer; put its tokenizer.model beside the weights.")
+    chat = args.chat == "true" or args.chat == "auto" and model.tokenizer.chat_template is not None
     decoder, times = StreamDecoder(model.tokenizer), []
 
     def show(tokens: list[int | None]) -> None:
@@ -121,12 +134,12 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
 
     start = time.perf_counter()
     generate(
-        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show,
+        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show, chat=chat,
         images=args.image, pan_and_scan=args.pan_and_scan,
     )  # fmt: skip
     out.write(decoder.flush() + "\n")
     out.flush()
-    prompt_tokens = len(encode_prompts(model, prompt, args.image, args.pan_and_scan)[0][0])
+    prompt_tokens = len(encode_prompts(model, prompt, chat, args.image, args.pan_and_scan)[0][0])
     with torch.device("meta"):
         dense = Gemma3ForMultimodalLMwithTPA(model.config)
     capacity, dtype = prompt_tokens + args.max_tokens, model.head_weight.dtype

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from tpa_train.errors import UserError
-from tpa_train.tpa.quantization import GROUP, check_bits, decode, encode, entry_bytes, fake_quantize, stored_shapes
+from tpa_train.tpa.quantization import (
+    GROUP,
+    check_bits,
+    code_levels,
+    decode,
+    encode,
+    entry_bytes,
+    fake_quantize,
+    stored_shapes,
+)
 
 Bits = int | tuple[int, ...]  # one width for all groups of 32, or one a group
 
@@ -108,9 +117,16 @@ class Entry:
                 parts.append(decode(rest.pop(0), rest.pop(0), bits, stop - start, dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """Returns ``x`` as the cache would give it back; the gradient passes straight through."""
+    def levels(self, device: torch.device | str = "cpu") -> Tensor:
+        """Returns what ``rounded`` needs to know of the widths (``quantization.code_levels``)."""
+        groups = -(-self.count // GROUP)
+        return code_levels((self.bits,) * groups if isinstance(self.bits, int) else self.bits, device)
+
+    def rounded(self, x: Tensor, levels: Tensor | None = None) -> Tensor:
+        """Returns ``x`` as the cache would give it back; the gradient passes straight through.
+
+        ``levels``: of this entry, where the caller keeps them (best on x's device).
+        """
         if self.exact:
             return x
-        parts = [fake_quantize(x[..., start:stop], bits) for start, stop, bits in self.segments]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return fake_quantize(x, (self.levels() if levels is None else levels).to(x.device))

@@ -131,7 +131,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
                 raise UserError(f"'{name}' has shape {tuple(factors[name].shape)}, not {tuple(parameter.shape)}.")
             set_parameter(student, name, nn.Parameter(factors[name].detach().clone(), requires_grad=False))
         student.tokenizer, student.source = dense.tokenizer, dense.source
-        return student.train(dense.training)
+        return student.to(dense.embed_tokens.weight.device).train(dense.training)  # moves the constants of the forms
 
     @classmethod
     def from_pretrained(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tpa_train.errors import UserError
+from tpa_train.gemma3.chat import ChatTemplate
 from tpa_train.gemma3.images import image_blocks
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.gemma3.processing import encode_prompt, interleaved
@@ -130,9 +131,13 @@ def stop_ids(model: Gemma3ForCausalLM) -> set[int]:
 
 
 def encode_prompts(
-    model: Gemma3ForCausalLM, prompts: list[Any] | str, images: Any = None, pan_and_scan: bool = False
+    model: Gemma3ForCausalLM,
+    prompts: list[Any] | str,
+    chat: bool = False,
+    images: Any = None,
+    pan_and_scan: bool = False,
 ) -> tuple[list[list[int]], list[Tensor | None]]:
-    """Returns ids and image bytes of every prompt; arguments as in ``generate``.
+    """Returns ids, ``<bos>`` first, and image bytes of every prompt; arguments as in ``generate``.
 
     Raises:
         UserError: images and texts do not fit each other, or an image is missing or broken.
@@ -142,13 +147,14 @@ def encode_prompts(
     images = [None] * len(prompts) if images is None else list(images)
     if len(images) != len(prompts):
         raise UserError(f"images= names those of {len(images)} prompts, but there are {len(prompts)} prompts.")
+    template = ChatTemplate(model.tokenizer) if chat else None
     encoded = []
     for prompt, own in zip(prompts, images, strict=True):
         own = list(own) if isinstance(own, (list, tuple)) else [] if own is None else [own]
         if not isinstance(prompt, str):
             prompt, inside = interleaved(prompt)
             own = inside + own
-        encoded.append(encode_prompt(model.tokenizer, model.config.vision, prompt, own, pan_and_scan))
+        encoded.append(encode_prompt(model.tokenizer, model.config.vision, prompt, own, pan_and_scan, template))
     return [ids for ids, _ in encoded], [pixels for _, pixels in encoded]
 
 
@@ -162,6 +168,7 @@ def generate(
     seed: int | None = None,
     cache_dtype: torch.dtype | None = None,
     on_tokens: Callable[[list[int | None]], None] | None = None,
+    chat: bool = False,
     images: Any = None,
     pan_and_scan: bool = False,
 ) -> list[str]:
@@ -177,6 +184,7 @@ def generate(
         seed: makes sampling repeatable.
         cache_dtype: of the cache; the weights' own when left out.
         on_tokens: called each step with one new token id a prompt, None for prompts that have ended.
+        chat: put each prompt into the model's chat template, as a user's turn to be answered.
         images: of each prompt (a path, a Pillow image, a list of them or None); for a single prompt, its own. They
             stand where the text says ``<start_of_image>``, or before a text that says it nowhere.
         pan_and_scan: show long images in crops as well.
@@ -189,7 +197,7 @@ def generate(
     """
     if model.tokenizer is None:
         raise UserError("this model was loaded without a tokenizer; put tokenizer.model beside its weights.")
-    encoded, pixels = encode_prompts(model, prompts, images, pan_and_scan)
+    encoded, pixels = encode_prompts(model, prompts, chat, images, pan_and_scan)
     generator = None
     if seed is not None:
         generator = torch.Generator(device=model.head_weight.device).manual_seed(seed)

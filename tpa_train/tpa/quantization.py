@@ -6,6 +6,8 @@ numbers through ``fake_quantize``, with the straight-through gradient (arXiv:130
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,17 +46,27 @@ def _grouped(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, GROUP))
 
 
-def _bounds(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Returns scale and minimum [..., groups], as they are once stored in float16."""
+def code_levels(bits: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Returns the largest code of every group, uint8 [groups]; 0 where a group is not rounded (16 bits)."""
+    return torch.tensor([0 if width == 16 else 2**width - 1 for width in bits], dtype=torch.uint8, device=device)
+
+
+def _bounds(groups: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and minimum [..., groups], as they are once stored in float16; ``levels`` broadcasts."""
     low = groups.amin(-1).clamp(-6e4, 6e4).to(torch.float16)
     span = groups.amax(-1) - low.to(groups.dtype)
-    scale = (span / (2**bits - 1)).clamp(6e-8, 6e4).to(torch.float16)
+    scale = (span / levels.to(groups.dtype).clamp_min(1.0)).clamp(6e-8, 6e4).to(torch.float16)
     return scale, low
 
 
-def _codes(groups: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+def _codes(groups: Tensor, scale: Tensor, low: Tensor, levels: Tensor) -> Tensor:
     steps = (groups - low.to(groups.dtype)[..., None]) / scale.to(groups.dtype)[..., None]
-    return steps.round().clamp(0, 2**bits - 1)
+    return torch.minimum(steps.round().clamp_min(0), levels[..., None].to(groups.dtype))
+
+
+def _one_level(bits: int, device: torch.device) -> Tensor:
+    # Filled on the device: a copy from the host would wait for it.
+    return torch.full((1,), 2**bits - 1, dtype=torch.uint8, device=device)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -86,9 +98,9 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         [..., ⌈n/32⌉, 2] (scale, minimum).
     """
     count = x.shape[-1]
-    groups = _grouped(x.float())
-    scale, low = _bounds(groups, bits)
-    codes = _pack(_codes(groups, scale, low, bits).flatten(-2)[..., :count].to(torch.uint8), bits)
+    groups, levels = _grouped(x.float()), _one_level(bits, x.device)
+    scale, low = _bounds(groups, levels)
+    codes = _pack(_codes(groups, scale, low, levels).flatten(-2)[..., :count].to(torch.uint8), bits)
     # Stacked in float32: autocast on a CPU cannot promote float16.
     return codes, torch.stack((scale.float(), low.float()), dim=-1).to(torch.float16)
 
@@ -101,15 +113,22 @@ def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dt
     return (groups * scale[..., None] + low[..., None]).flatten(-2)[..., :count].to(dtype)
 
 
-def fake_quantize(x: Tensor, bits: int) -> Tensor:
-    """Returns what a cache of ``bits`` would give back for ``x`` [..., n]; the gradient passes straight through."""
-    if bits == 16:
-        return x
+def fake_quantize(x: Tensor, bits: int | Tensor) -> Tensor:
+    """Returns what a cache of ``bits`` would give back for ``x`` [..., n]; the gradient passes straight through.
+
+    ``bits``: one width, or ``code_levels`` of a width for every group. The latter is one pass whatever the widths, and
+    one compiled graph for all layers.
+    """
+    if isinstance(bits, int):
+        if bits == 16:
+            return x
+        bits = _one_level(bits, x.device)
     with torch.no_grad():
-        groups = _grouped(x.float())
+        exact = _grouped(x)
+        groups = exact.float()
         scale, low = _bounds(groups, bits)
         codes = _codes(groups, scale, low, bits)
-        rounded = codes * scale.float()[..., None] + low.float()[..., None]
-        rounded = rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+        rounded = (codes * scale.float()[..., None] + low.float()[..., None]).to(x.dtype)
+        rounded = torch.where(bits[..., None] > 0, rounded, exact).flatten(-2)[..., : x.shape[-1]]
     # Added as an exact zero: x + (rounded − x) would differ from what the cache gives back in the last digit.
     return rounded + (x - x.detach()) if x.requires_grad else rounded

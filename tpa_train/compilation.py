@@ -1,0 +1,31 @@
+"""Compiling the passes of a training stage, for as long as it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+RECOMPILES = 64  # graphs of one function; by default eight, after which other shapes would silently run uncompiled
+
+
+@contextmanager
+def compiled(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """Inside the context the methods ``names`` of ``owner`` run compiled, for the shapes that they are given.
+
+    A pass is one graph over all layers: with a graph for each layer, starting them takes the host as long as computing
+    them takes a GPU. Afterwards ``owner`` is what it was: what is measured next has other shapes, and would be compiled
+    for each of them.
+    """
+    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES)
+    for name in names:
+        vars(owner)[name] = torch.compile(getattr(owner, name), dynamic=False)
+    try:
+        with limits:
+            yield
+    finally:
+        for name in names:
+            del vars(owner)[name]  # the class's own method shows again
+        torch.compiler.reset()  # graphs that nobody will call again
