@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
 
 from tpa_train.checkpoints.export import export_model
 from tpa_train.data.rows import collate_rows, shortened
@@ -40,6 +39,7 @@ from tpa_train.results import (
 )
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
+from tpa_train.texts import check_batch
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import make_loggers
@@ -293,13 +293,6 @@ class Run:
             written = write_report(self.folder.path, report)
             say(f"\nreport  {written}\nexport  {export}")
         return self.folder.path / "report.md"
-
-
-def check_batch(session: Session) -> dict[str, Tensor]:
-    """Returns one held-out row, of at most 512 tokens or one image more, that the export is compared on."""
-    vision, context = session.config.vision, session.settings.trainer.context
-    least = 512 + (0 if vision is None else vision.tokens_per_image)
-    return collate_rows([session.data.heldout_rows(512, min(least, context))[0]])
 
 
 def make_evaluator(session: Session) -> Evaluator:

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.compilation import compiled
 from tpa_train.data.datamodule import PackedDataModule
-from tpa_train.data.image_text import ImageTextDataModule
-from tpa_train.data.rows import collate_rows, shortened
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
@@ -44,6 +42,7 @@ from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
+from tpa_train.texts import data_module, heldout_batch, sensitivity_text
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
@@ -121,19 +120,7 @@ class Session:
 
     @cached_property
     def data(self) -> PackedDataModule:
-        trainer, calibration = self.settings.trainer, self.settings.recipe.calibration
-        kind, options = PackedDataModule, {}
-        if self.settings.data.kind == "image_text":
-            kind, options = ImageTextDataModule, {"vision": self.config.vision}
-        module = kind(
-            self.settings.data,
-            self.teacher.tokenizer,
-            trainer.context,
-            trainer.batch_size,
-            stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
-            window=self.config.sliding_window,
-            **options,
-        )
+        module = data_module(self.settings, self.teacher)
         module.prepare_data()
         module.setup()
         return module
@@ -261,19 +248,6 @@ def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCo
     calibration, seconds, peak = timed(session.machine, work)
     session.teacher.to(session.machine.device)  # Lightning leaves the model on the CPU
     return calibration, StageCost(calibration.tokens, seconds, peak)
-
-
-def sensitivity_text(session: Session) -> dict[str, Tensor]:
-    """Returns what sensitivities are measured on, ``token_ids`` [B, L]: not what the directions were calibrated on.
-
-    Rows are read as one text each; images come with theirs.
-    """
-    rows = session.data.rows_of("distill")
-    tokens = session.settings.recipe.calibration.sensitivity_tokens
-    dataset, context = session.data.train_dataset, session.data.context
-    chosen = [dataset[int(i)] for i in rows[: max(1, tokens // context)]]
-    batch = shortened(collate_rows(chosen), max(1, tokens // len(chosen)), session.config.vision)
-    return {k: batch[k].to(session.machine.device) for k in ("token_ids", "images") if k in batch}
 
 
 def measure(
@@ -416,13 +390,6 @@ def measure_layer_errors(session: Session, student: Gemma3ForMultimodalLMwithTPA
     batch = heldout_batch(session)
     with torch.no_grad(), session.machine.autocast():
         return {i: float(error) for i, error in layer_errors(session.teacher, student, batch).items()}
-
-
-def heldout_batch(session: Session) -> dict[str, Tensor]:
-    """Returns two held-out rows on the machine's device, as one batch."""
-    rows = session.data.heldout_rows(2 * session.data.context)
-    batch = collate_rows([rows[i] for i in range(len(rows))])
-    return {name: tensor.to(session.machine.device) for name, tensor in batch.items()}
 
 
 def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, stage: str) -> RecoveryModule:

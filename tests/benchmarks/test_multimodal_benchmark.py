@@ -16,7 +16,7 @@ TINY = dict(
 
 @pytest.mark.parametrize("offload", [True, False])
 def test_a_tiny_run(offload):
-    config = small_config(vocab_size=300, num_kv_heads=4, vision=VISION)
+    config = small_config(vocab_size=300, num_kv_heads=4, head_dim=32, vision=VISION)
     rows = measure(config, MultimodalSettings(offload=offload, **TINY))
     assert [row["stage"] for row in rows] == ["write", "load", "factorize", "export", "reload", "summary"]
     summary = rows[-1]
@@ -31,7 +31,7 @@ def test_any_text_is_readable():
     tokenizer = byte_tokenizer()
     text = "Picture 1: größer\n\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode(text, bos=False)) >= len(text.encode()) - text.count(" ") * 2
+    assert len(tokenizer.encode(text, bos=False)) == len(text.encode())
 
 
 @pytest.mark.parametrize("argv,message", [

@@ -94,11 +94,11 @@ def write_pairs(folder, count: int = 12):
     return folder / "pairs.jsonl"
 
 
-def module(path, **options) -> ImageTextDataModule:
+def module(path, context: int = 64, **options) -> ImageTextDataModule:
     given = DataSettings(
         kind="image_text", path=str(path), image_key="picture", text_key="caption", heldout_min_tokens=1, **options
     )
-    return ImageTextDataModule(given, CharacterTokenizer(), 64, 2, stage_rows={"calibration": 2}, vision=VISION)
+    return ImageTextDataModule(given, CharacterTokenizer(), context, 2, stage_rows={"calibration": 2}, vision=VISION)
 
 
 def test_stages_have_rows_of_their_own_and_some_text_is_held_out(tmp_path):
@@ -123,7 +123,7 @@ def test_stages_have_rows_of_their_own_and_some_text_is_held_out(tmp_path):
 
 def test_pan_and_scan_shows_long_images_in_crops(tmp_path):
     path = write_pairs(tmp_path)
-    plain, crops = (module(path, pan_and_scan=on).train_dataset for on in (False, True))
+    plain, crops = (module(path, 200, pan_and_scan=on).train_dataset for on in (False, True))
     count = [sum(len(d[i]["images"]) for i in range(len(d))) for d in (plain, crops)]
     assert count[1] > count[0]
     for row in (crops[i] for i in range(len(crops))):

@@ -32,7 +32,7 @@ from tpa_train.evaluation.report import table
 from tpa_train.evaluation.suites import cache_report
 from tpa_train.gemma3.config import SIZES, Gemma3Config
 from tpa_train.gemma3.processing import pillow
-from tpa_train.gemma3.tokenizer import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, sentencepiece_model
+from tpa_train.gemma3.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer, sentencepiece_model
 from tpa_train.gemma3.vision_config import VisionConfig
 from tpa_train.pipeline import Session, check_against_model, factorize_model
 from tpa_train.pretraining.saving import huggingface_config
@@ -217,7 +217,7 @@ def _stored_name(name: str) -> str:
 def byte_tokenizer() -> Tokenizer:
     """One id a byte: any text can be read, whatever vocabulary the weights have."""
     special = [("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL), ("<unk>", UNKNOWN), ("<mask>", USER_DEFINED)]
-    pieces = [*special, *((f"<0x{byte:02X}>", BYTE) for byte in range(256))]
+    pieces = [*special, *((f"<0x{byte:02X}>", BYTE) for byte in range(256)), ("▁", NORMAL)]  # the space
     ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
     proto = sentencepiece_model([p for p, _ in pieces], [0.0] * len(pieces), [k for _, k in pieces], ids)
     return Tokenizer.from_model_proto(proto)

@@ -23,18 +23,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Has the parameters of ``module`` on ``device`` inside the block; outside they are where they were.
+    """Has ``module`` compute on ``device`` inside the block, with copies in place of its parameters; not to train.
 
-    The parameters stay the same objects, so models that share them see them move and return together.
+    The parameters themselves stay where they are, so that other models may share them.
     """
-    kept = [(parameter, parameter.data) for parameter in module.parameters()]
+    kept = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
     try:
-        for parameter, tensor in kept:
-            parameter.data = tensor.to(device, non_blocking=True)
+        for part, name, parameter in kept:
+            copy = parameter.detach().to(device, non_blocking=True)
+            part._parameters[name] = nn.Parameter(copy, requires_grad=False)
         yield
     finally:
-        for parameter, tensor in kept:
-            parameter.data = tensor
+        for part, name, parameter in kept:
+            part._parameters[name] = parameter
 
 
 class Linear(nn.Linear):
