@@ -21,7 +21,9 @@ SIZE, T = 56, 4  # pixels and soft tokens of an image: 4 × 4 patches, pooled by
 IMAGE_ID, START_ID, END_ID = 390, 388, 389
 
 
-def transformers_model(seed: int = 0, tokens: int = T, dtype: torch.dtype = torch.float32, **changes):
+def transformers_model(
+    seed: int = 0, tokens: int = T, dtype: torch.dtype = torch.float32, image_id: int = IMAGE_ID, **changes
+):
     """Random weights; real layer pattern, 4 KV heads, window 8, a vision tower of 2 layers."""
     import transformers
 
@@ -40,7 +42,7 @@ def transformers_model(seed: int = 0, tokens: int = T, dtype: torch.dtype = torc
         "image_size": SIZE, "patch_size": 14, "vision_use_head": False,
     }  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=tokens, image_token_index=IMAGE_ID,
+        text_config=text, vision_config=vision, mm_tokens_per_image=tokens, image_token_index=image_id,
         boi_token_index=START_ID, eoi_token_index=END_ID,
     )  # fmt: skip
     model = transformers.Gemma3ForConditionalGeneration(config)

@@ -53,9 +53,23 @@ def test_layers_are_lent_and_come_back():
         raise RuntimeError("on purpose")
     for name, parameter in layer.named_parameters():
         assert parameter is before[name] and parameter.data_ptr() == places[name]
+
+
+def test_a_layer_follows_its_input_to_another_device():
+    """The meta device stands for an accelerator; it computes nothing, so the pass is stopped at the first norm."""
+    model = random_multimodal(small_config())
+    layer = model.layers[0]
     x = torch.empty(1, 4, 24, dtype=torch.float64, device="meta")
-    context = AttentionContext(model.config, torch.arange(4, device="meta")[None])
-    assert layer(x, context).is_meta and not layer.mlp.gate_proj.weight.is_meta
+
+    def stop(_module, _args):
+        assert all(p.is_meta for p in layer.parameters())
+        raise RuntimeError("on purpose")
+
+    handle = layer.input_layernorm.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        layer(x, AttentionContext(model.config, torch.arange(4, device="meta")[None]))
+    handle.remove()
+    assert not any(p.is_meta for p in layer.parameters())
 
 
 def test_offloading_is_for_factorizing_only():

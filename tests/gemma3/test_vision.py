@@ -43,7 +43,7 @@ def theirs(model, ids: list[int], count: int) -> torch.Tensor:
     with torch.no_grad():
         return model(
             input_ids=token_ids, pixel_values=pixels if count else None,
-            token_type_ids=(token_ids == IMAGE_ID).long(),
+            token_type_ids=(token_ids == model.config.image_token_index).long(),
         ).logits  # fmt: skip
 
 
@@ -65,6 +65,18 @@ def test_images_longer_than_the_window(tmp_path):
     with torch.no_grad():
         logits = model(torch.tensor([ids]), images=pixels)
     torch.testing.assert_close(logits, theirs(transformers_model(tokens=16), ids, count), atol=1e-4, rtol=1e-4)
+
+
+def test_the_padded_vocabulary_of_released_checkpoints(tmp_path):
+    """262 208 embedding rows, of which the last 64 are the image token's and padding: they are dropped."""
+    sizes = {"vocab_size": 262_208, "image_id": 262_144, "hidden_size": 16, "num_hidden_layers": 2}
+    model = load_pretrained(write_multimodal(tmp_path / "model", **sizes))
+    assert model.config.vocab_size == 262_144 == model.config.vision.image_token_id
+    ids, pixels = encode_prompt(model.tokenizer, model.config.vision, f"hello {START} or", images(1))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), images=pixels)
+    expected = theirs(transformers_model(**sizes), ids, 1)
+    torch.testing.assert_close(logits, expected[..., :262_144], atol=1e-4, rtol=1e-4)
 
 
 def test_an_image_changes_what_is_before_it_in_the_same_image_only(ours):
