@@ -53,6 +53,8 @@ def refused(tiny, tmp_path):
         ("recipe.stages=[factorise]", "did you mean 'factorize'?"),
         ("recipe.stages=[distill]", "must begin with factorize"),
         ("recipe.distill.scope=everything", "recipe.distill.scope=everything is unknown"),
+        ("recipe.distill.divergence=jd", "recipe.distill.divergence=jd is unknown; did you mean 'jsd'?"),
+        ("recipe.distill.temperature=0", "recipe.distill.temperature=0.0 must be a positive number"),
         ("export.dtype=int8", "export.dtype=int8 is unknown"),
         ("logger.kind=print", "logger=print is unknown"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is unknown"),

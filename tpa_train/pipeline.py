@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tpa_train.checkpoints import find_default, load_pretrained
 from tpa_train.compilation import compiled
 from tpa_train.data.datamodule import PackedDataModule
+from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
@@ -175,6 +176,10 @@ def check_settings(settings: RunSettings) -> None:
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
     if not 0 <= recipe.distill.ema < 1:
         raise UserError(f"recipe.distill.ema={recipe.distill.ema:g} must be at least 0 (no average) and below 1.")
+    try:
+        Divergence.of(recipe.distill)
+    except UserError as error:
+        raise UserError(f"recipe.distill.{error}") from error
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -405,7 +410,7 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl, ema=distill.ema,
+        initial_kl=initial_kl, divergence=Divergence.of(distill), ema=distill.ema,
         checkpoint_activations=session.settings.trainer.checkpoint_activations,
     )  # fmt: skip
 

@@ -83,6 +83,14 @@ class DistillSettings(OptimizerSettings):
     kl_every: int = 1
     # the student ends with an average of its weights over the steps, with this decay a step; 0: with the last step's
     ema: float = 0.0
+    # what compares the next-token distributions: forward_kl, KL(teacher ‖ student); reverse_kl; or jsd, in between
+    divergence: str = "forward_kl"
+    # the teacher's share in the mixture that jsd compares both with
+    jsd_beta: float = 0.5
+    # what both models' logits are divided by; the loss is multiplied by its square
+    temperature: float = 1.0
+    # weight of the cross-entropy with the text's own next tokens; the divergence gets the rest of 1
+    ce_weight: float = 0.0
 
 
 @dataclass

@@ -6,13 +6,16 @@ import math
 import lightning as L
 import pytest
 import torch
+from dense_divergences import dense
 from random_models import random_model, small_config, student_of, tokens
 from torch.utils.data import DataLoader
 
+from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.modules import (
     EndToEndModule,
     LayerwiseModule,
     OptimizerSettings,
+    next_tokens,
     schedule,
     trainable_names,
 )
@@ -78,6 +81,31 @@ def test_the_kl_is_that_of_the_whole_models(teacher):
     p, q = (m(batch["token_ids"], batch["document_ids"]).log_softmax(-1) for m in (teacher, student))
     expected = (p.exp() * (p - q)).sum(-1).mean()
     torch.testing.assert_close(metrics["kl"], expected.detach(), rtol=1e-10, atol=0)
+
+
+def test_next_tokens_stay_in_their_document():
+    ids, documents = torch.arange(10).view(2, 5), torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]])
+    assert next_tokens({"token_ids": ids, "document_ids": documents}).tolist() == [[1, -1, 3, -1, -1], [6, 7, 8, 9, -1]]
+    assert next_tokens({"token_ids": ids}).tolist() == [[1, 2, 3, 4, -1], [6, 7, 8, 9, -1]]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("divergence", [Divergence(), Divergence("jsd", 0.3, 2.0, 0.4), Divergence("reverse_kl")])
+def test_masked_positions_do_not_count(teacher, divergence, every):
+    """The loss is that of the whole models' logits, weighted by the batch's mask."""
+    student, batch = student_of(teacher, {i: (4, 3) for i in CONVERTED}), _batch(teacher.config, documents=True)
+    batch["loss_mask"] = torch.rand(2, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch["loss_mask"][:, :12] = 0
+    module = _module("distilled", teacher, student, hidden_weight=0.0, kl_every=every, divergence=divergence)
+    loss, metrics = module.losses(batch)
+    assert list(metrics) == ["kl" if divergence == Divergence() else "output_loss"]
+    hidden = [m.hidden_states(batch["token_ids"], batch["document_ids"])[:, ::every] for m in (student, teacher)]
+    labels, weights = (t[:, ::every].flatten() for t in (next_tokens(batch), batch["loss_mask"]))
+    each = dense(*(h.flatten(0, 1) for h in hidden), student.head_weight, teacher.head_weight, divergence, labels)
+    torch.testing.assert_close(loss, (each * weights).sum() / weights.sum(), rtol=1e-10, atol=0)
+    batch["loss_mask"] = batch["loss_mask"] > 0.5
+    weights = batch["loss_mask"][:, ::every].flatten()
+    torch.testing.assert_close(module.losses(batch)[0], each[weights].mean(), rtol=1e-10, atol=0)
 
 
 def test_layerwise_losses_are_independent(teacher):

@@ -22,6 +22,7 @@ PROGRAM = "python scripts/benchmark.py"
 BENCHMARKS = {
     "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
+    "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",
     "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
     "train": "tpa_train.benchmarks.train:TrainBenchmark",

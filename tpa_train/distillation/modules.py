@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tpa_train.distillation.averaging import WeightAverage
-from tpa_train.distillation.losses import linear_kl, normalised_error
+from tpa_train.distillation.divergence import Divergence
+from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import AttentionContext
@@ -183,7 +184,7 @@ class RecoveryModule(L.LightningModule):
         return loss
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and what else to log, from ``token_ids`` and ``document_ids`` [B, L]."""
+        """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
         raise NotImplementedError
 
 
@@ -269,8 +270,25 @@ class LayerwiseModule(RecoveryModule):
         return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
 
 
+def next_tokens(batch: dict[str, Tensor]) -> Tensor:
+    """Returns the token that follows each position in its own document, int [B, L]; -1 where there is none.
+
+    Args:
+        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+    """
+    labels = torch.full_like(batch["token_ids"], -1)
+    labels[:, :-1] = batch["token_ids"][:, 1:]
+    documents = batch.get("document_ids")
+    if documents is not None:
+        labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -1)
+    return labels
+
+
 class EndToEndModule(RecoveryModule):
     """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
+
+    A batch may carry ``loss_mask`` [B, L], float or bool: the weight of what is predicted at each position. It weights
+    the output loss only: hidden states matter wherever later positions attend to.
 
     Args (beyond ``RecoveryModule``'s):
         hidden_weight: of the mean normalised hidden-state error at the first step.
@@ -282,6 +300,7 @@ class EndToEndModule(RecoveryModule):
             2K tokens at full rates took a student from .006 to .038.
         checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
         ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
+        divergence: in place of the KL, another comparison of the distributions; may include the text's next tokens.
     """
 
     stage, passes = "distilled", ("teacher_pass", "student_pass")
@@ -297,12 +316,14 @@ class EndToEndModule(RecoveryModule):
         hidden_until: float = 0.5,
         kl_every: int = 1,
         initial_kl: float = FULL_RATE_KL,
+        divergence: Divergence = Divergence(),  # noqa: B008 (frozen)
         ema: float = 0.0,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__(teacher, student, settings, scope, total_steps)
         self.average = WeightAverage(ema) if ema > 0 else None
-        self.initial_kl, self.checkpoint_activations = initial_kl, checkpoint_activations
+        self.initial_kl, self.divergence = initial_kl, divergence
+        self.checkpoint_activations = checkpoint_activations
         self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
         self.first = min(i for i in map(layer_of, self.trained) if i is not None)
 
@@ -372,10 +393,19 @@ class EndToEndModule(RecoveryModule):
         # Another residue each step, so that all positions get their turn.
         pick = slice(self.global_step % every, None, every)
         h_teacher, h_student = (h[:, pick].flatten(0, 1) for h in (h_teacher, h_student))
-        # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
-        weights = None if context.images is None else context.images.text[:, pick].flatten()
-        kl, _ = linear_kl(h_student, h_teacher, self.student.head_weight, self.teacher.head_weight, weights)
-        if hidden_error is None:
-            return kl, {"kl": kl.detach()}
-        loss = kl + self._decayed_weight() * hidden_error
-        return loss, {"kl": kl.detach(), "hidden_error": hidden_error.detach()}
+        mask, labels = batch.get("loss_mask"), next_tokens(batch)
+        if context.images is not None:
+            # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
+            mask = context.images.text if mask is None else mask * context.images.text
+            labels = labels.masked_fill(labels == self.teacher.config.vision.image_token_id, -1)
+        loss, _ = linear_divergence(
+            h_student, h_teacher, self.student.head_weight, self.teacher.head_weight,
+            weights=None if mask is None else mask[:, pick].flatten(),
+            divergence=self.divergence,
+            labels=labels[:, pick].flatten() if self.divergence.ce_weight > 0 else None,
+        )  # fmt: skip
+        metrics = {"kl" if self.divergence == Divergence() else "output_loss": loss.detach()}
+        if hidden_error is not None:
+            metrics["hidden_error"] = hidden_error.detach()
+            loss = loss + self._decayed_weight() * hidden_error
+        return loss, metrics
