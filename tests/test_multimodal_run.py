@@ -10,7 +10,7 @@ import pytest
 import torch
 from multimodal_models import IMAGE_ID, T, picture, write_multimodal
 from safetensors.torch import load_file
-from tiny_runs import training_options, write_text_file
+from tiny_runs import send_signal_at, training_options, weights, write_text_file
 
 from tpa_train.checkpoints import load_pretrained
 from tpa_train.errors import UserError
@@ -82,6 +82,17 @@ def test_the_export_holds_the_vision_bytes_of_the_input(made, distilled):
     for name, tensor in vision.items():
         assert tensor.dtype == ours[f"vision.{name}"].dtype == torch.bfloat16
         assert torch.equal(tensor.view(torch.int16), ours[f"vision.{name}"].view(torch.int16)), name
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(made, distilled, tmp_path, monkeypatch):
+    """Which is also the same run twice: rows, images and labels are drawn alike."""
+    folder, pairs, _ = made
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        send_signal_at(patch, "distilled", 3)
+        assert main(["recipe=distill", *options(folder, pairs), "data=image_text", f"run_dir={run}"]) == 143
+    assert main([f"run_dir={run}", "resume=true"]) == 0
+    assert weights(run) == weights(distilled)
 
 
 def test_decoding_with_the_factored_cache_equals_the_full_forward(distilled):
