@@ -37,7 +37,8 @@ def test_the_trace_of_a_layer_is_what_enters_and_leaves_its_attention():
     model, ids = random_model(config), tokens(config, 1, 20)
     context, x = model.context(ids), model.embed(ids)
     for layer in model.layers:
-        after, entering, leaving = layer(x, context, trace=True)
+        after, entering, queries, leaving = layer(x, context, trace=True)
+        assert torch.equal(queries, layer.self_attn.queries(entering, context.rotary[layer.self_attn.kind]))
         assert torch.equal(entering, layer.input_layernorm(x))
         assert torch.equal(leaving, layer.self_attn(entering, context))
         assert torch.equal(after, layer(x, context))

@@ -60,7 +60,7 @@ def test_a_second_signal_stops_at_once(minutes, finished, tiny, tmp_path, monkey
     with monkeypatch.context() as patch:
         send_signal_at(patch, "distilled", 4, signal.SIGINT, times=2)
         assert main([*tiny.options, f"run_dir={run}", f"trainer.checkpoint_minutes={minutes}"]) == 130
-    assert files(run / "checkpoints") == ({"distill.ckpt"} if minutes == 0 else set())
+    assert files(run / "checkpoints") == ({"distill.ckpt", "distill.best.ckpt"} if minutes == 0 else set())
     assert resume(run) == 0
     assert weights(run) == weights(finished)
 

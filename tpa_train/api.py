@@ -21,8 +21,9 @@ from tpa_train.errors import UserError
 from tpa_train.evaluation.report import Report, model_card
 from tpa_train.evaluation.suites import cache_report, layer_rows
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import Session, check_against_model, factorize_model, recover
+from tpa_train.pipeline import Session, check_against_model, factorize_model
 from tpa_train.recipes import compose
+from tpa_train.recovery import recover
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
 # Options that only a run folder gives a meaning; accepting them silently would promise something.

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tpa_train.distributed.sharding import wrapped_forwards
+
+if TYPE_CHECKING:
+    from tpa_train.distillation.modules import RecoveryModule
+    from tpa_train.settings import TrainerSettings
 
 RECOMPILES = 64  # graphs of one function; by default eight, after which other shapes would silently run uncompiled
 
@@ -29,3 +35,19 @@ def compiled(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
         for name in names:
             del vars(owner)[name]  # the class's own method shows again
         torch.compiler.reset()  # graphs that nobody will call again
+
+
+@contextmanager
+def stage_forwards(module: RecoveryModule, options: TrainerSettings, sharded: bool) -> Iterator[None]:
+    """Inside the context a stage's passes run as the options say: compiled, recomputed, both or neither.
+
+    Sharded weights are gathered layer by layer by hooks, so that each layer is then compiled on its own.
+    """
+    layers = [*module.teacher.layers, *module.student.layers]
+    with ExitStack() as stack:
+        if sharded or options.activation_checkpointing:
+            compiles = sharded and options.compile
+            stack.enter_context(wrapped_forwards(layers, compiles, options.activation_checkpointing))
+        if options.compile and not sharded:
+            stack.enter_context(compiled(module, module.passes))
+        yield

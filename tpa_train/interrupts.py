@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+
+from tpa_train.distributed.processes import is_first, raised_anywhere
+
+SMOOTHING = 0.98  # of the training loss, a step: what a checkpoint is judged by looks back on some fifty steps
 
 
 class Interrupted(BaseException):
@@ -78,15 +85,29 @@ class InterruptHandler:
 class SaveAndStop(L.Callback):
     """Writes the stage's checkpoint every so many minutes and when a signal asks the run to stop.
 
+    The last one is what a run goes on from. Of all that were written, the one with the lowest smoothed training loss
+    (the KL, where there is one: the hidden-state loss beside it decays by itself) is kept too, for a training that
+    diverges: under the last one's name it is gone on from.
+
     Args:
         path: of the checkpoint; written to a temporary name and renamed.
         handler: where requests arrive.
         minutes: between periodic checkpoints.
+        best: path of the best one; None keeps none.
     """
 
-    def __init__(self, path: Path, handler: InterruptHandler, minutes: float) -> None:
+    def __init__(self, path: Path, handler: InterruptHandler, minutes: float, best: Path | None = None) -> None:
         self.path, self.handler, self.seconds = Path(path), handler, 60.0 * minutes
+        self.best = best
         self._saved_at = time.monotonic()
+        self._sum = self._weight = 0.0  # of the losses and of their weights: together their smoothed mean
+        self._lowest = math.inf  # smoothed mean at the best checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self._sum, "weight": self._weight, "lowest": self._lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sum, self._weight, self._lowest = (state_dict[key] for key in ("sum", "weight", "lowest"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning has put its own SIGTERM handler in place by now; it would raise in the middle of a step.
@@ -96,14 +117,41 @@ class SaveAndStop(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # half an accumulated step cannot be resumed
+        self._observe(trainer)
         # All processes must agree, or one would wait for the others in the next collective.
-        stop = trainer.strategy.reduce_boolean_decision(self.handler.requested is not None, all=False)
-        due = trainer.strategy.broadcast(time.monotonic() - self._saved_at > self.seconds)
+        late = is_first() and time.monotonic() - self._saved_at > self.seconds
+        stop, due = raised_anywhere(self.handler.requested is not None, late)
         if stop or due:
-            save_atomically(trainer, self.path)
+            self._save(trainer)
             self._saved_at = time.monotonic()
         if stop:
             trainer.should_stop = True
+
+    def _observe(self, trainer: L.Trainer) -> None:
+        metrics = trainer.callback_metrics
+        loss = metrics.get("kl", metrics.get("loss"))
+        if loss is not None and is_first():
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * float(loss)
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        smoothed = self._sum / self._weight if self._weight else math.inf
+        is_best = smoothed < self._lowest
+        self._lowest = min(smoothed, self._lowest)
+        save_atomically(trainer, self.path)
+        if is_best and self.best is not None and is_first():
+            link_atomically(self.path, self.best)
+
+
+def link_atomically(path: Path, other: Path) -> None:
+    """Makes ``other`` the same file as ``path``, which is replaced and never changed: no second copy on disk."""
+    temporary = other.with_name(f".{other.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
 
 
 def save_atomically(trainer: L.Trainer, path: Path) -> None:

@@ -5,30 +5,24 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tpa_train.checkpoints.export import export_model
 from tpa_train.data.rows import collate_rows, shortened
+from tpa_train.distributed.launching import joined, launch, must_launch, one_voice
+from tpa_train.distributed.processes import from_first, is_first, world_size
 from tpa_train.errors import UserError
 from tpa_train.evaluation.report import model_card, write_report
 from tpa_train.evaluation.suites import Evaluator, greedy_samples
 from tpa_train.factorization.sensitivity import Probe
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.interrupts import Interrupted, InterruptHandler, SaveAndStop
-from tpa_train.pipeline import (
-    Measured,
-    Session,
-    StageCost,
-    check_against_model,
-    factorize_model,
-    measure_layer_errors,
-    model_path,
-    recover,
-)
+from tpa_train.pipeline import Measured, Session, StageCost, check_against_model, factorize_model, model_path
+from tpa_train.recovery import measure_layer_errors, recover
 from tpa_train.results import (
     REPORTED_AS,
     load_factorized,
@@ -39,11 +33,13 @@ from tpa_train.results import (
 )
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
+from tpa_train.teacher import open_teacher_cache
 from tpa_train.texts import check_batch
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
-from tpa_train.trainers import make_loggers
+from tpa_train.trainers import make_loggers, release_memory
 
+_PROCESS = "from tpa_train.cli import run_main; from tpa_train.launch import main; run_main(main)"
 SAMPLE_PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -52,7 +48,7 @@ SAMPLE_PROMPTS = (
 
 
 class Run:
-    """A run in its folder.
+    """A run in its folder. With several processes each has one; the first one's writes and speaks.
 
     Args:
         settings: checked here before anything is written.
@@ -64,10 +60,10 @@ class Run:
     """
 
     def __init__(self, settings: RunSettings, command: str, loaded: Gemma3ForCausalLM | None = None) -> None:
-        path = Path(settings.run_dir) if settings.run_dir else default_folder(settings)
+        path = Path(settings.run_dir) if settings.run_dir else from_first(lambda: default_folder(settings))
         settings.run_dir = str(path)
         self.settings, self.command = settings, command
-        self.folder = RunFolder(path, settings.resume)
+        self.folder = from_first(lambda: RunFolder(path, settings.resume))
         self.session = Session(settings, path / "logs", loaded)
         # What "auto" came to is stored: a run that goes on elsewhere, or is exported, computes as it began.
         settings.trainer.precision = "bf16" if self.session.machine.dtype == torch.bfloat16 else "float32"
@@ -108,9 +104,11 @@ class Run:
         check_against_model(self.settings, teacher.config)
         say(f"  {teacher.source.description}, loaded in {time.perf_counter() - start:.1f} s")
         self.session.data  # noqa: B018 - packs the text; empty data is refused here
+        open_teacher_cache(self.session, fill=False)  # a stale one is refused here
         self._evaluator = make_evaluator(self.session)
         self.folder.start(self.settings, self.command)
-        say(self.banner())
+        if is_first():
+            say(self.banner())
 
     def banner(self) -> str:
         """Returns what will run, on what, and for how many tokens."""
@@ -172,9 +170,7 @@ class Run:
             + distill * (3.5 + 4 * head / recipe.distill.kl_every)
         )
         minutes = per_token * work / 60
-        devices = self.settings.trainer.devices
-        if isinstance(devices, int):
-            minutes /= devices * self.settings.trainer.num_nodes
+        minutes /= world_size()
         rounded = max(1, round(minutes))
         return f"about {rounded} minute{'s' * (rounded > 1)}, judged by one forward pass"
 
@@ -188,6 +184,7 @@ class Run:
         if self._done(name):
             return
         result = self._evaluator.evaluate(student, name, cost.tokens, round(cost.seconds, 2))
+        release_memory()
         self.results.append(result)
         costs = self.folder.progress.get("costs", {})
         costs[name] = {
@@ -223,6 +220,8 @@ class Run:
             self.folder.record(sensitivities=found, balances=measured.bases.balances)
 
         student, cost, measured, allocation = factorize_model(self.session, known, balances, record)
+        if self.session.loaded is None:  # no sweep goes on with it, and moments of large models take gigabytes
+            self.session.measured = None
         seconds = {"calibration": measured.cost.seconds, "sensitivities": measured.probing_seconds}
         seconds["factorization"] = max(0.0, cost.seconds - sum(seconds.values()))
         say(
@@ -249,15 +248,18 @@ class Run:
 
     def _train(self, stage: str) -> StageCost:
         checkpoint = self.folder.checkpoint(stage)
-        resumed = checkpoint if checkpoint.exists() else None
+        resumed = checkpoint if self.folder.has(checkpoint) else None
         if stage == "layerwise" and resumed is None:
             before = measure_layer_errors(self.session, self.student)
             self.folder.record(layer_errors={"layers": list(before), "before": list(before.values())})
-        stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes)
+        if stage == "distill":
+            open_teacher_cache(self.session)  # filled here, where a signal may stop it at once
+        best = self.folder.best_checkpoint(stage)
+        stop = SaveAndStop(checkpoint, self.handler, self.settings.trainer.checkpoint_minutes, best)
         with self.handler.deferred():
             module, cost = recover(
                 self.session, self.student, stage, resumed,
-                make_loggers(self.settings.logger, self.folder.path / "logs", stage), [stop],
+                make_loggers(self.settings.logger, self.folder.path / "logs", stage, asdict(self.settings)), [stop],
             )  # fmt: skip
             finished = module.global_step >= self.session.steps(stage)
             spent = self.folder.progress.get(f"{stage}_spent", 0.0) + cost.seconds
@@ -266,12 +268,17 @@ class Run:
                 cost = StageCost(cost.tokens, spent, cost.peak_gib)
                 self.folder.record(**{f"{stage}_cost": vars(cost)})
                 self.folder.save_tensors(REPORTED_AS[stage], module.trained_tensors())
-                checkpoint.unlink(missing_ok=True)
+                self.folder.drop_checkpoints(stage)
         return cost
 
     # ------------------------------------------------------------------------------------------------------------ end
 
     def _finish(self) -> Path:
+        from_first(self._write_results)
+        return self.folder.path / "report.md"
+
+    def _write_results(self) -> None:
+        """Writes samples, report and export, on the first process alone: the others would do the same again."""
         progress, s = self.folder.progress, self.settings
         if "samples" not in progress and s.evaluation.sample_tokens > 0:
             samples = greedy_samples(
@@ -283,16 +290,15 @@ class Run:
             self.folder, s, self.session.teacher, self.student, self.results, self.command,
             self.session.machine.describe(),
         )  # fmt: skip
+        release_memory()  # the export reads itself back for a check
         export = self.folder.path / "export"
-        if rank_zero_only.rank == 0:
-            if not export.exists():
-                export_model(
-                    self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
-                    check_ids=check_batch(self.session),
-                )  # fmt: skip
-            written = write_report(self.folder.path, report)
-            say(f"\nreport  {written}\nexport  {export}")
-        return self.folder.path / "report.md"
+        if not export.exists():
+            export_model(
+                self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
+                check_ids=check_batch(self.session),
+            )  # fmt: skip
+        written = write_report(self.folder.path, report)
+        say(f"\nreport  {written}\nexport  {export}")
 
 
 def make_evaluator(session: Session) -> Evaluator:
@@ -303,9 +309,10 @@ def make_evaluator(session: Session) -> Evaluator:
     return Evaluator(session.teacher, rows, copies, autocast=session.machine.autocast, max_copy_tokens=s.copy_tokens)
 
 
-@rank_zero_only
 def say(text: str) -> None:
-    print(text, flush=True)
+    """Prints, on the first process."""
+    if is_first():
+        print(text, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,17 +327,30 @@ def main(argv: list[str] | None = None) -> int:
     if any(a in ("--help", "-h", "help") for a in argv):
         print(help_text())
         return 0
-    if any(a in MULTIRUN for a in argv):
-        from tpa_train.sweep import main as sweep  # it runs what is defined here
+    with one_voice():
+        if any(a in MULTIRUN for a in argv):
+            if "dry_run=true" in argv:
+                raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
+            from tpa_train.sweep import main as sweep  # it runs what is defined here
 
-        return sweep([a for a in argv if a not in MULTIRUN])
-    settings = compose(argv)
-    run = Run(settings, "python scripts/train.py " + shlex.join(argv))
-    try:
-        run.execute()
-    except Interrupted as stop:
-        say(f"\nstopped by {stop}; {run.how_to_go_on()}")
-        return stop.status
+            return sweep([a for a in argv if a not in MULTIRUN])
+        settings = compose(argv)
+        if settings.dry_run:
+            from tpa_train.estimate import estimate  # brings the compiler's machinery in
+
+            expected = estimate(settings)
+            say(expected.describe())
+            return 0 if expected.fits else 1
+        if must_launch(settings.trainer):
+            return launch([sys.executable, "-c", _PROCESS, *argv], settings.trainer.devices)
+        run = None
+        try:
+            with joined(settings.trainer.accelerator != "cpu" and torch.cuda.is_available()):
+                run = Run(settings, "python scripts/train.py " + shlex.join(argv))
+                run.execute()
+        except Interrupted as stop:
+            say(f"\nstopped by {stop}; {run.how_to_go_on()}")
+            return stop.status
     return 0
 
 

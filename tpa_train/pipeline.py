@@ -6,24 +6,22 @@ keeps the run folder.
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpa_train.checkpoints import find_default, load_pretrained
-from tpa_train.compilation import compiled
 from tpa_train.data.datamodule import PackedDataModule
 from tpa_train.distillation.divergence import Divergence
-from tpa_train.distillation.modules import SCOPES, EndToEndModule, LayerwiseModule, RecoveryModule, layer_errors
+from tpa_train.distillation.modules import SCOPES
+from tpa_train.distributed.launching import local_rank
+from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
 from tpa_train.errors import UserError, nearest
 from tpa_train.factorization.allocation import (
     FORMS,
@@ -43,10 +41,11 @@ from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
-from tpa_train.texts import data_module, heldout_batch, sensitivity_text
-from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
+from tpa_train.teacher import check_teacher_cache, check_top_k
+from tpa_train.texts import data_module, sensitivity_text
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, seeded
+from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory
 
 STAGES = ("factorize", "layerwise", "distill")
 BALANCES = (0.25, 1.0, 4.0)  # tried for the joint latent, times the ratio of the measured slopes of V and K
@@ -92,6 +91,12 @@ class Session:
     def __post_init__(self) -> None:
         self.machine = choose_machine(self.settings.trainer)
         check_settings(self.settings)
+        trainer = self.settings.trainer
+        if isinstance(trainer.devices, int) and trainer.devices * trainer.num_nodes != world_size():
+            raise UserError(
+                f"trainer.devices={trainer.devices}: only a single run of scripts/train.py starts a process for each "
+                f"device; leave trainer.devices out."
+            )
 
     @cached_property
     def teacher(self) -> Gemma3ForCausalLM:
@@ -122,16 +127,19 @@ class Session:
     @cached_property
     def data(self) -> PackedDataModule:
         module = data_module(self.settings, self.teacher)
-        module.prepare_data()
+        first_of_node(module.prepare_data, local_rank())
         module.setup()
         return module
 
     def steps(self, stage: str) -> int:
         """Returns the optimizer steps that the stage's token budget makes (0: the stage is skipped)."""
-        trainer = self.settings.trainer
-        devices = trainer.devices if isinstance(trainer.devices, int) else 1
-        per_step = trainer.context * trainer.batch_size * trainer.accumulate * devices * trainer.num_nodes
-        return -(-getattr(self.settings.recipe, stage).tokens // per_step)
+        return steps_of(self.settings, stage)
+
+
+def steps_of(settings: RunSettings, stage: str) -> int:
+    """Returns the optimizer steps that the token budget of ``stage`` makes."""
+    trainer = settings.trainer
+    return -(-getattr(settings.recipe, stage).tokens // (trainer.context * trainer.rows_per_step))
 
 
 def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
@@ -180,6 +188,7 @@ def check_settings(settings: RunSettings) -> None:
         Divergence.of(recipe.distill)
     except UserError as error:
         raise UserError(f"recipe.distill.{error}") from error
+    check_teacher_cache(settings)
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(
             f"export.dtype={settings.export.dtype} is unknown"
@@ -207,6 +216,7 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
     validate_budget(config, budget_of(settings, config))
     if settings.data.kind == "image_text" and config.vision is None:
         raise UserError("data=image_text needs a multimodal model, but this one is text-only; use data=text.")
+    check_top_k(settings, config)
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
         ("evaluation.context", settings.evaluation.context),
@@ -226,7 +236,9 @@ def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]
     result = work()
     if machine.device.type == "cuda":
         torch.cuda.synchronize(machine.device)
-    return result, time.perf_counter() - start, machine.peak_gib()
+    seconds, peak = time.perf_counter() - start, machine.peak_gib()
+    release_memory()
+    return result, seconds, peak
 
 
 # ------------------------------------------------------------------------------------------------------- factorization
@@ -286,8 +298,8 @@ def measure(
     if "joint" in budget.forms:
         quarter = max(1, config.head_dim // 4)
         found |= probe([Probe(layer, kind, "latent", quarter) for layer in layers for kind in "kv"])
-        for layer in [i for i in layers if i not in bases.balances]:
-            bases.balances[layer] = choose_balance(session, bases, found, layer, quarter, text)
+        waiting = [i for i in layers if i not in bases.balances]
+        bases.balances |= merged({i: choose_balance(session, bases, found, i, quarter, text) for i in share(waiting)})
     found |= probe(plan)
     earlier.probing_seconds += time.perf_counter() - start
     session.measured = earlier
@@ -309,7 +321,7 @@ def choose_balance(
     for factor in BALANCES:
         bases.balances[layer] = slope["v"] / max(slope["k"], 1e-300) * factor
         with session.machine.autocast():
-            (kl,) = measure_sensitivity(session.teacher, bases, [joint], text).values()
+            (kl,) = measure_sensitivity(session.teacher, bases, [joint], text, shared=False).values()
         tried[bases.balances[layer]] = kl
     return min(tried, key=tried.get)
 
@@ -354,9 +366,11 @@ def convert(session: Session, measured: Measured, specs: list[LayerSpec]) -> Gem
     """Returns the student of ``specs``, which shares everything unconverted with the teacher."""
     calibration = measured.bases.calibration
     student = build_student(session.teacher, measured.bases, specs)
+    send_from_first(student_factors(student).values())
     student.output_metrics = {
         i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
     }
+    send_from_first(student.output_metrics.values())
     return student
 
 
@@ -380,107 +394,14 @@ def factorize_model(
     def work() -> tuple:
         measured = measure(session, known or {}, balances or {})
         on_measured(measured)
-        specs, expected = choose_specs(session, measured)
+        specs, expected = from_first(lambda: choose_specs(session, measured))
         return convert(session, measured, specs), measured, expected
 
     (student, measured, expected), seconds, peak = timed(session.machine, work)
     return student, StageCost(measured.cost.tokens, seconds, max(measured.cost.peak_gib, peak)), measured, expected
 
 
-# ------------------------------------------------------------------------------------------------------------ recovery
-
-
-def measure_layer_errors(session: Session, student: Gemma3ForMultimodalLMwithTPA) -> dict[int, float]:
-    """Returns each converted attention's output error on held-out rows (``distillation.modules.layer_errors``)."""
-    batch = heldout_batch(session)
-    with torch.no_grad(), session.machine.autocast():
-        return {i: float(error) for i, error in layer_errors(session.teacher, student, batch).items()}
-
-
-def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, stage: str) -> RecoveryModule:
-    """Returns the LightningModule of ``stage`` ("layerwise" or "distill") around ``student``."""
-    recipe, steps = session.settings.recipe, session.steps(stage)
-    if stage == "layerwise":
-        errors = measure_layer_errors(session, student)
-        return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
-    distill = recipe.distill
-    batch = {k: t for k, t in heldout_batch(session).items() if k != "document_ids"}
-    with session.machine.autocast():
-        initial_kl = output_kl(session.teacher, student, batch)
-    return EndToEndModule(
-        session.teacher, student, distill, distill.scope, steps,
-        hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,
-        initial_kl=initial_kl, divergence=Divergence.of(distill), ema=distill.ema,
-        checkpoint_activations=session.settings.trainer.checkpoint_activations,
-    )  # fmt: skip
-
-
-def recover(
-    session: Session,
-    student: Gemma3ForMultimodalLMwithTPA,
-    stage: str,
-    checkpoint: Path | None = None,
-    loggers: list | None = None,
-    callbacks: list[L.Callback] | None = None,
-) -> tuple[RecoveryModule, StageCost]:
-    """Trains ``student`` in place through one recovery stage.
-
-    Args:
-        session: the run.
-        student: the converted model.
-        stage: "layerwise" or "distill".
-        checkpoint: of this stage, to go on from.
-        loggers, callbacks: for the Trainer.
-
-    Raises:
-        UserError: the checkpoint belongs to another stage, model or data order.
-    """
-    with seeded(session.settings.seed):
-        module = recovery_module(session, student, stage)
-        trainer = make_trainer(session.machine, session.folder, session.steps(stage), loggers, callbacks)
-        session.data.stage = stage
-        session.data.trainer = None
-
-        if checkpoint is not None:
-            check_readable(checkpoint)
-
-        def work() -> None:
-            with compiled(module, module.passes) if session.settings.trainer.compile else nullcontext():
-                trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
-
-        _, seconds, peak = timed(session.machine, work)
-    module.to(session.machine.device)
-    module.finish()
-    student.requires_grad_(False)
-    tokens = module.global_step * session.data.context * session.data.batch_size * trainer.accumulate_grad_batches
-    return module, StageCost(tokens * trainer.world_size, seconds, peak)
-
-
-def check_readable(checkpoint: Path) -> None:
-    """Raises UserError if a training checkpoint is damaged; Lightning would say so in a page of traceback."""
-    try:
-        torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{checkpoint} is damaged ({str(error).splitlines()[0]}); delete it to redo that stage."
-        ) from error
-
-
-def load_trained(student: Gemma3ForMultimodalLMwithTPA, tensors: dict[str, Tensor]) -> None:
-    """Puts what a finished stage trained back into ``student``.
-
-    Raises:
-        UserError: the tensors belong to another model.
-    """
-    shapes = {name: p.shape for name, p in student.named_parameters()}
-    for name, tensor in tensors.items():
-        if shapes.get(name) != tensor.shape:
-            raise UserError(f"the run folder's state holds '{name}', which does not fit this model; start a new run.")
-        set_parameter(student, name, nn.Parameter(tensor, requires_grad=False))
-
-
 def student_factors(student: Gemma3ForMultimodalLMwithTPA) -> dict[str, Tensor]:
     """Returns the parameters that conversion introduced, by name."""
     parameters = dict(student.named_parameters())
     return {name: parameters[name].detach() for name in student.factor_names()}
-

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tpa_train.distributed.launching import find_cluster, resolve_devices
 from tpa_train.errors import UserError, nearest
 from tpa_train.settings import RunSettings
 
@@ -30,6 +31,8 @@ _IDENTITY = {
     "recipe": "recipe.stages", "model": "model.name", "data": "data.kind", "trainer": "trainer.accelerator",
     "budget": "budget.cache_ratio", "logger": "logger.kind",
 }  # fmt: skip
+# Options that may change when a run goes on elsewhere, as long as an optimizer step takes as many rows.
+_LAYOUT = ("devices", "num_nodes", "strategy", "batch_size", "accumulate", "activation_checkpointing")
 _SEVERAL = "has several values; add --multirun to run them one after another."
 
 
@@ -97,7 +100,10 @@ def compose(argv: list[str]) -> RunSettings:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "an option"
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-    return _resumed(settings, argv) if settings.resume else settings
+    if settings.resume:
+        return _resumed(settings, argv)
+    resolve_devices(settings.trainer)
+    return settings
 
 
 def _checked(argument: str) -> str:
@@ -160,9 +166,14 @@ def _resumed(settings: RunSettings, argv: list[str]) -> RunSettings:
         raise UserError(f"resume=true, but there is no run in {settings.run_dir}; {hint}")
     resumed = load_settings(settings.run_dir)
     asked, stored = OmegaConf.structured(settings), OmegaConf.structured(resumed)
+    rows = resumed.trainer.rows_per_step
     for argument in argv:
         key = argument.partition("=")[0].lstrip("+-~")
         if key in ("run_dir", "resume"):
+            continue
+        group, _, option = key.partition(".")
+        if group == "trainer" and option in _LAYOUT:
+            setattr(resumed.trainer, option, getattr(settings.trainer, option))
             continue
         compared = _IDENTITY.get(key, key)
         ours, theirs = (OmegaConf.select(c, compared) for c in (asked, stored))
@@ -170,8 +181,27 @@ def _resumed(settings: RunSettings, argv: list[str]) -> RunSettings:
             raise UserError(
                 f"resume=true: {argument} contradicts the interrupted run, where {compared} is {theirs}; leave it out."
             )
+    _check_rows(resumed, rows, argv)
     resumed.run_dir, resumed.resume = settings.run_dir, True
     return resumed
+
+
+def _check_rows(resumed: RunSettings, rows: int, argv: list[str]) -> None:
+    """Resolves the devices of a run that goes on; raises UserError if its steps would take other than ``rows`` rows."""
+    trainer = resumed.trainer
+    changed = [a for a in argv if a.partition("=")[0].lstrip("+-~").removeprefix("trainer.") in _LAYOUT]
+    if find_cluster() is not None:  # torchrun or SLURM decides anew, unless somebody insists
+        for option in ("devices", "num_nodes"):
+            if not any(f"trainer.{option}=" in a for a in changed):
+                setattr(trainer, option, 1)
+    resolve_devices(trainer)
+    if trainer.rows_per_step == rows:
+        return
+    raise UserError(
+        f"resume=true: {' '.join(changed) or 'the number of processes'} contradicts the interrupted run, where an "
+        f"optimizer step takes {rows} rows: devices × num_nodes × batch_size × accumulate must stay {rows}, "
+        f"not {trainer.rows_per_step}."
+    )
 
 
 def load_settings(run: str | Path) -> RunSettings:

@@ -17,7 +17,8 @@ from tpa_train.evaluation.plots import read_losses
 from tpa_train.evaluation.report import Report
 from tpa_train.evaluation.suites import StageResult, cache_report, layer_rows
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import load_trained, student_factors
+from tpa_train.pipeline import student_factors
+from tpa_train.recovery import load_trained
 from tpa_train.runs import RunFolder
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
@@ -161,4 +162,4 @@ def whole_curve(folder) -> tuple[list[float], list[float]] | None:
 
 
 def _has_factors(folder: RunFolder) -> bool:
-    return "specs" in folder.progress and folder.state_file(FACTORS).exists()
+    return "specs" in folder.progress and folder.has(folder.state_file(FACTORS))

@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tpa_train.distributed.processes import from_first, is_first
 from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import replacing, write_text
 from tpa_train.settings import RunSettings
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder. Of several processes only the first writes; all of them know the progress.
 
     Args:
         path: made if need be.
@@ -67,6 +68,8 @@ class RunFolder:
 
     def start(self, settings: RunSettings, command: str) -> None:
         """Creates the folder and records what it was started with."""
+        if not is_first():
+            return
         for name in ("state", "checkpoints", "logs"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         if not (self.path / "run.yaml").exists():
@@ -81,6 +84,8 @@ class RunFolder:
         self.save()
 
     def save(self) -> None:
+        if not is_first():
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "progress.json", json.dumps(self.progress, indent=1))
 
@@ -91,7 +96,23 @@ class RunFolder:
     def state_file(self, name: str) -> Path:
         return self.path / "state" / f"{name}.safetensors"
 
+    def best_checkpoint(self, stage: str) -> Path:
+        """Returns where the checkpoint of the lowest smoothed training loss is kept (``interrupts.SaveAndStop``)."""
+        return self.path / "checkpoints" / f"{stage}.best.ckpt"
+
+    def has(self, path: Path) -> bool:
+        """Returns whether ``path`` exists, the same on all processes: a file may be appearing or going."""
+        return from_first(path.exists)
+
+    def drop_checkpoints(self, stage: str) -> None:
+        """Deletes the checkpoints of a finished stage."""
+        if is_first():
+            self.checkpoint(stage).unlink(missing_ok=True)
+            self.best_checkpoint(stage).unlink(missing_ok=True)
+
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if not is_first():
+            return
         with replacing(self.state_file(name)) as temporary:
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary)
 
@@ -102,7 +123,7 @@ class RunFolder:
             UserError: the file is damaged.
         """
         path = self.state_file(name)
-        if not path.exists():
+        if not self.has(path):
             return None
         try:
             return load_file(path, device=str(device))

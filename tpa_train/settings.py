@@ -94,6 +94,24 @@ class DistillSettings(OptimizerSettings):
 
 
 @dataclass
+class TeacherSettings:
+    """Keeping what the teacher says of the end-to-end stage's rows, so that training runs without its forward pass.
+
+    It pays where rows are read more than once: several passes over the text, or several runs that share a folder.
+    """
+
+    # none; hidden: final hidden states, the same loss as without; topk: the most likely tokens only, far smaller for
+    # large models. Needs recipe.distill.hidden_weight=0: layers are compared with a teacher that runs
+    cache: str = "none"
+    # where it is kept, for any run with the same teacher, text and context; null: teacher_cache in the run folder
+    folder: str | None = None
+    # topk: how many tokens of each position
+    top_k: int = 64
+    # auto (hidden: what the head computes in, which loses nothing; topk: float32), float32, bfloat16 or float16
+    dtype: str = "auto"
+
+
+@dataclass
 class RecipeSettings:
     """Which stages run, and how long each is."""
 
@@ -111,10 +129,11 @@ class TrainerSettings:
 
     # auto, cpu or gpu
     accelerator: str = "auto"
-    # devices to use on each node: a number or "auto"
+    # devices to use on each node, one process each: a number or "auto"; torchrun and SLURM decide it themselves
     devices: Any = 1
+    # nodes, each with its own launcher (torchrun or srun)
     num_nodes: int = 1
-    # auto or ddp (several processes)
+    # with several devices: ddp (every device holds everything) or fsdp2 (end to end in shards); auto takes ddp
     strategy: str = "auto"
     # auto, bf16 or float32; auto takes bf16 where the hardware has it
     precision: str = "auto"
@@ -128,10 +147,15 @@ class TrainerSettings:
     offload: bool = False
     # compile the models' forward (CUDA)
     compile: bool = False
-    # end to end, keep only each layer's input for the backward pass and compute the rest again: less memory, more time
-    checkpoint_activations: bool = False
+    # keep only the inputs of the student's layers for the backward pass and recompute the rest: less memory, more time
+    activation_checkpointing: bool = False
     # a checkpoint is written every so many minutes, besides the one at a signal
     checkpoint_minutes: float = 5.0
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all devices that one optimizer step takes; ``devices`` must have been counted."""
+        return self.batch_size * self.accumulate * self.devices * self.num_nodes
 
 
 @dataclass
@@ -178,6 +202,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
@@ -188,5 +213,7 @@ class RunSettings:
     resume: bool = False
     # seeds data order, calibration and training
     seed: int = 0
+    # say what the run will take (parameters, memory, time) and stop: no weight is read and nothing is written
+    dry_run: bool = False
     # whether --multirun ends by measuring other ways to spend the same bytes: uniform ranks, dense caches in fewer bits
     peers: bool = True

@@ -23,8 +23,8 @@ def test_tiny_run(tmp_path, capsys):
     wanted = "needs CUDA" if importlib.util.find_spec("liger_kernel") else "is not installed"
     assert liger["name"] == "liger" and wanted in liger["note"]
     found = {tuple(row[k] for k in ("name", "divergence", "dtype", "case", "tokens")) for row in rows}
-    assert len(found) == len(rows) == (3 + 3 + 2) * 2 * (3 + 1)  # names by precision, cases, divergences by size
-    assert ("ours", "forward_kl", "mixed", "near", 9) in found and ("ours", "jsd", "float32", "far", 4) in found
+    assert len(found) == len(rows) == 2 * (3 * (3 + 1) + 3 * 2 + 2 * 2)  # names by precision, divergences by size
+    assert ("ours", "forward_kl", "mixed", "near", 9) in found and ("ours", "jsd", "bfloat16", "far", 4) in found
     for row in rows:
         assert row["ms"] > 0 and row["loss"] > 0 and row["peak_gib"] is None
         assert 0 < row["grad_error"] < (0.05 if row["name"] != "dense_autocast" else 2)

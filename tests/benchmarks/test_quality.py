@@ -21,7 +21,7 @@ from tpa_train.data.packing import pack
 from tpa_train.data.settings import DataSettings
 from tpa_train.errors import UserError
 from tpa_train.evaluation.suites import Evaluator
-from tpa_train.pipeline import recover
+from tpa_train.recovery import recover
 
 OWN = dict(mixes=["rank+bits", "rank", "dense-int4"], ratios=[5.0], rank_ratios=[2.0, 50.0], distill_tokens=[0, 256],
            layerwise_tokens=256, copy=[20, 40], position_tokens=512, position_context=256)  # fmt: skip

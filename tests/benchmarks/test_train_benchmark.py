@@ -17,7 +17,7 @@ def settings(tiny, tmp_path):
     text = write_text_file(tmp_path / "text.md")
     return TrainBenchmark(
         model=str(tiny.model), data=str(text), context=32, tokens=128, batch_size=2, micro_batches=[1, 3, 4], steps=2,
-        warmup=1, cache_ratio=2.5, calibration_tokens=256,
+        warmup=1, layerwise_tokens=96, cache_ratio=2.5, calibration_tokens=256,
         options=["trainer.precision=float32", "budget.context=512", f"data.cache_dir={tmp_path}"],
     )  # fmt: skip
 
@@ -25,10 +25,12 @@ def settings(tiny, tmp_path):
 def test_rows_of_both_sides(settings):
     rows = run(settings)
     assert [(r["name"], r["rows_at_a_time"]) for r in rows] == [
-        ("ours, layer-wise", 2), ("ours", 2), ("transformers", 1), ("transformers", 4),
+        ("ours, layer-wise", 3), ("ours", 2), ("transformers", 1), ("transformers", 4),
     ]  # fmt: skip
     for row in rows:
-        assert row["steps"] == 2 and row["tokens_per_s"] == pytest.approx(2 * 128 / row["seconds"])
+        assert row["steps"] == 2
+        assert row["tokens_per_s"] == pytest.approx(2 * row["tokens_per_step"] / row["seconds"])
+        assert row["tokens_per_step"] == (96 if "layer-wise" in row["name"] else 128)
     assert "times as many tokens a second" in render(rows)
 
 

@@ -185,6 +185,20 @@ def test_processes_share_the_rows(rows):
     assert sorted(alone[:rows]) == list(range(rows))
 
 
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_processes_see_the_batches_that_one_accumulates(replicas):
+    size, steps = 4, 5
+
+    def batches(order):
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    alone = batches(list(StageSampler(range(9), 1, 0, seed=3, length=replicas * steps * size, batch_size=size)))
+    for start in (0, 2):  # of steps, as an interrupted run has left off
+        options = dict(seed=3, length=steps * size, batch_size=size, start=start * size)
+        together = [batches(list(StageSampler(range(9), replicas, r, **options))) for r in range(replicas)]
+        assert [batch for step in zip(*together, strict=True) for batch in step] == alone[start * replicas :]
+
+
 def test_heldout_rows(tmp_path):
     settings = settings_for(tmp_path, documents(400), heldout_min_tokens=2_000)
     data = module(settings)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import send_signal_at
 
 from tpa_train.distillation.averaging import WeightAverage
-from tpa_train.distillation.modules import EndToEndModule
+from tpa_train.distillation.end_to_end import EndToEndModule
 from tpa_train.errors import UserError
 from tpa_train.launch import main
 

@@ -31,7 +31,7 @@ def small_tiles(monkeypatch):
     sizes = {"TILE_M": 16, "TILE_N": 32, "TILE_K": 16, "ROWS": 16, "TILES": 2, "GRADIENT_ROWS": 16}
     for name, value in sizes.items():
         monkeypatch.setattr(divergence_kernel, name, value)
-    monkeypatch.setattr(divergence_kernel, "ENCODE_OPTIONS", {"num_warps": 4, "num_stages": 2} if CUDA else {})
+    monkeypatch.setattr(divergence_kernel, "ENCODE_OPTIONS", {"num_warps": 4, "num_stages": 2})
 
 
 def _random(dtypes, shared, step=0.1, seed=0):

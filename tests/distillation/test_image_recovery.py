@@ -9,8 +9,9 @@ from multimodal_models import VISION, random_multimodal
 from random_models import factors_for, small_config, specs_of
 
 from tpa_train.distillation.divergence import Divergence
+from tpa_train.distillation.end_to_end import EndToEndModule, next_tokens
 from tpa_train.distillation.losses import linear_divergence
-from tpa_train.distillation.modules import EndToEndModule, OptimizerSettings, next_tokens, trainable_names
+from tpa_train.distillation.modules import OptimizerSettings, trainable_names
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
 

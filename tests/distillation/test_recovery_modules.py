@@ -11,14 +11,9 @@ from random_models import random_model, small_config, student_of, tokens
 from torch.utils.data import DataLoader
 
 from tpa_train.distillation.divergence import Divergence
-from tpa_train.distillation.modules import (
-    EndToEndModule,
-    LayerwiseModule,
-    OptimizerSettings,
-    next_tokens,
-    schedule,
-    trainable_names,
-)
+from tpa_train.distillation.end_to_end import EndToEndModule, next_tokens
+from tpa_train.distillation.layerwise import LayerwiseModule
+from tpa_train.distillation.modules import OptimizerSettings, schedule, trainable_names
 from tpa_train.errors import UserError
 
 CONVERTED = [2, 4, 5]
@@ -68,7 +63,9 @@ def test_an_imperfect_student_has_both(teacher, stage):
     module = _module(stage, teacher, student)
     loss, metrics = module.losses(_batch(teacher.config))
     loss.backward()
-    assert loss.item() > 1e-2 and all(float(v) > 0 for v in metrics.values())
+    assert loss.item() > 1e-2 and all(
+        float(v) > 0 for n, v in metrics.items() if "/layer_" not in n or int(n.split("_")[-1]) >= min(CONVERTED)
+    )
     for name in module.trained:
         gradient = student.get_parameter(name).grad
         assert gradient is not None and gradient.abs().max() > 1e-7, name

@@ -7,7 +7,8 @@ from random_models import naive_attention, random_model, small_config, tokens
 from torch.utils.data import DataLoader
 
 from tpa_train.errors import UserError
-from tpa_train.factorization.calibration import Calibration, CalibrationModule, squared_attention_received
+from tpa_train.factorization import calibration
+from tpa_train.factorization.calibration import Calibration, CalibrationModule, in_turn, squared_attention_received
 from tpa_train.gemma3.layers import apply_rotary
 
 
@@ -159,3 +160,33 @@ def test_overflowing_weights_are_refused(tmp_path):
         model.layers[5].self_attn.v_proj.weight[0, 0] = torch.inf
     with pytest.raises((UserError, RuntimeError), match="layer 5|nan|inf"):
         _calibrate(model, [5], [{"token_ids": tokens(model.config, 1, 20)[0]}], tmp_path)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_gather_what_one_gathers(processes, monkeypatch):
+    """Batches are dealt, and each is worked on with the random numbers that a single process gives it."""
+    model = random_model(small_config(head_dim=16)).bfloat16()
+    rows = [tokens(model.config, 2, 40, seed=i) for i in range(5)]
+    # Small chunks, so that labels are drawn in several parts, the last of them smaller.
+    monkeypatch.setattr(calibration, "chunk_tokens", lambda *_: 7)
+
+    def gathered(rank: int, world: int) -> CalibrationModule:
+        monkeypatch.setattr(calibration, "rank", lambda: rank)
+        monkeypatch.setattr(calibration, "world_size", lambda: world)
+        module = CalibrationModule(model, [1, 5])
+        module.on_validation_start()
+        for index, ids in enumerate(rows):
+            module.validation_step({"token_ids": ids}, index)
+        return module
+
+    alone = gathered(0, 1)
+    together = [gathered(rank, processes) for rank in range(processes)]
+    assert sum(m._tokens for m in together) == alone._tokens and {m._context for m in together} == {40}
+    for module in together:
+        assert torch.equal(module._generator.get_state(), alone._generator.get_state())
+    for layer, moments in alone._moments.items():
+        parts = [m._moments[layer] for m in together]
+        for name, tensor in moments.sums().items():
+            torch.testing.assert_close(sum(getattr(p, name) for p in parts), tensor, rtol=1e-12, atol=1e-12)
+        sampled = [p.sample_x.split(m._sampled) for p, m in zip(parts, together, strict=True)]
+        assert torch.equal(torch.cat(in_turn(sampled)), moments.sample_x)

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",
     "recovery": "tpa_train.benchmarks.recovery:RecoverySettings",
+    "scaling": "tpa_train.benchmarks.scaling:ScalingSettings",
     "train": "tpa_train.benchmarks.train:TrainBenchmark",
     "streaming": "tpa_train.benchmarks.streaming:StreamingSettings",
 }

@@ -36,12 +36,11 @@ from tpa_train.pipeline import (
     calibrate,
     choose_balance,
     convert,
-    measure_layer_errors,
-    recover,
     sensitivity_text,
     student_factors,
 )
 from tpa_train.recipes import compose
+from tpa_train.recovery import measure_layer_errors, recover
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs, specs_to_dicts
 

@@ -19,7 +19,7 @@ from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.report import json_safe, table
 from tpa_train.evaluation.report import versions as package_versions
 
-PACKAGES = ("torch", "triton", "lightning")
+PACKAGES = ("torch", "triton", "lightning", "liger-kernel")
 
 
 def make_record(command: str, settings: Any, rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any]:

@@ -16,18 +16,9 @@ from tpa_train.checkpoints import load_pretrained
 from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import replacing
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import (
-    Measured,
-    Session,
-    StageCost,
-    factorize_model,
-    load_trained,
-    measure,
-    model_path,
-    recover,
-    student_factors,
-)
+from tpa_train.pipeline import Measured, Session, StageCost, factorize_model, measure, model_path, student_factors
 from tpa_train.recipes import compose
+from tpa_train.recovery import load_trained, recover
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, specs_to_dicts

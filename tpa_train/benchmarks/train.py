@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from tpa_train.benchmarks.record import table_of
 from tpa_train.errors import UserError
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import STAGES, Session, factorize_model, recover
+from tpa_train.pipeline import STAGES, Session, factorize_model
 from tpa_train.pretraining.saving import huggingface_config
 from tpa_train.recipes import compose
+from tpa_train.recovery import recover
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
 PLAIN = "transformers"
@@ -39,6 +40,9 @@ class TrainBenchmark:
     context: int = field(default=4096, metadata={"help": "tokens of a row"})
     tokens: int = field(default=16_384, metadata={"help": "tokens of an optimizer step"})
     batch_size: int = field(default=4, metadata={"help": "rows of ours that run at a time"})
+    layerwise_tokens: int = field(
+        default=32_768, metadata={"help": "tokens of a step of the layer-wise stage, all at a time; it needs little"}
+    )
     micro_batches: list[int] = field(
         default_factory=lambda: [1, 2, 4], metadata={"help": "rows of the plain loop that run at a time; tried in turn"}
     )
@@ -75,35 +79,42 @@ def run(settings: TrainBenchmark) -> list[dict[str, Any]]:
             raise UserError(f"stages: '{stage}' is not one of {', '.join(STAGES[1:])}.")
     found = []
     with TemporaryDirectory() as folder:
-        session = _session(settings, Path(folder))
+        session = _session(settings, Path(folder), settings.tokens, settings.batch_size)
         student = factorize_model(session)[0]
         for stage in settings.stages:
-            found.append(time_stage(settings, session, student, stage))
+            own = session
+            if stage == "layerwise":
+                rows_of_step = max(1, settings.layerwise_tokens // settings.context)
+                own = _session(settings, Path(folder), settings.context * rows_of_step, rows_of_step, session.teacher)
+            found.append(time_stage(settings, own, student, stage))
         batches = [session.data.train_dataset[i] for i in range(rows)]
         if settings.plain:
             teacher = session.teacher.cpu()
-            del session, student
+            del session, own, student
             found += time_plain(settings, teacher, batches)
     return found
 
 
-def _session(settings: TrainBenchmark, folder: Path) -> Session:
+def _session(
+    settings: TrainBenchmark, folder: Path, tokens: int, batch_size: int, teacher: Gemma3ForCausalLM | None = None
+) -> Session:
+    """Returns the session of a stage whose optimizer steps take ``tokens``, ``batch_size`` rows at a time."""
     steps = settings.steps + settings.warmup
     device = "gpu" if torch.cuda.is_available() else "cpu"
     data = [] if settings.data is None else ["data=text", f"data.path={settings.data}", "data.max_tokens=null"]
     composed = compose(
         [
             f"trainer={device}", f"model.path={settings.model or 'null'}", *data, "data.join_documents=true",
-            f"trainer.context={settings.context}", f"trainer.batch_size={settings.batch_size}",
-            f"trainer.accumulate={settings.tokens // settings.context // settings.batch_size}",
+            f"trainer.context={settings.context}", f"trainer.batch_size={batch_size}",
+            f"trainer.accumulate={tokens // settings.context // batch_size}",
             f"budget.cache_ratio={settings.cache_ratio}",
             f"recipe.calibration.tokens={settings.calibration_tokens}",
             f"recipe.calibration.sensitivity_tokens={min(4096, settings.calibration_tokens)}",
-            f"recipe.layerwise.tokens={steps * settings.tokens}", f"recipe.distill.tokens={steps * settings.tokens}",
+            f"recipe.layerwise.tokens={steps * tokens}", f"recipe.distill.tokens={steps * tokens}",
             "recipe.distill.kl_every=1", *settings.options,
         ]
     )  # fmt: skip
-    return Session(composed, folder)
+    return Session(composed, folder, teacher)
 
 
 class Stopwatch(L.Callback):
@@ -146,16 +157,17 @@ def time_stage(
     """Returns the row of one stage, as ``train.py`` runs it."""
     watch = Stopwatch(session.machine.device, settings.warmup, settings.trace)
     recover(session, student, stage, callbacks=[watch])
-    name = "ours" if stage == "distill" else "ours, layer-wise"
-    return _row(settings, name, settings.batch_size, watch.steps, watch.seconds, watch.peak_gib)
+    name, trainer = ("ours" if stage == "distill" else "ours, layer-wise"), session.settings.trainer
+    tokens = trainer.context * trainer.batch_size * trainer.accumulate
+    return _row(settings, name, tokens, trainer.batch_size, watch.steps, watch.seconds, watch.peak_gib)
 
 
 def _row(
-    settings: TrainBenchmark, name: str, rows: int, steps: int, seconds: float, peak_gib: float
+    settings: TrainBenchmark, name: str, tokens: int, rows: int, steps: int, seconds: float, peak_gib: float | None
 ) -> dict[str, Any]:
     return {
-        "name": name, "context": settings.context, "tokens_per_step": settings.tokens, "rows_at_a_time": rows,
-        "tokens_per_s": steps * settings.tokens / seconds, "peak_gib": peak_gib, "steps": steps, "seconds": seconds,
+        "name": name, "context": settings.context, "tokens_per_step": tokens, "rows_at_a_time": rows,
+        "tokens_per_s": steps * tokens / seconds, "peak_gib": peak_gib, "steps": steps, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -184,7 +196,7 @@ def time_plain(
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=device.type == "cuda")
         try:
             seconds, peak = _time_plain_steps(settings, frozen, student, optimizer, ids, device)
-            found.append(_row(settings, PLAIN, size, settings.steps, seconds, peak))
+            found.append(_row(settings, PLAIN, settings.tokens, size, settings.steps, seconds, peak))
         except torch.OutOfMemoryError:
             found.append({
                 "name": PLAIN, "context": settings.context, "tokens_per_step": settings.tokens,

@@ -76,7 +76,8 @@ def export_run(
     folder = RunFolder(Path(run), resume=True)
     check_finished(folder, settings, stage)
     check_free(Path(out))
-    settings.trainer.accelerator, settings.trainer.devices = "cpu", 1  # a run's GPU is not needed to copy weights
+    # A run's GPUs are not needed to copy weights.
+    settings.trainer.accelerator, settings.trainer.devices, settings.trainer.num_nodes = "cpu", 1, 1
     session = Session(settings, folder.path / "logs")
     student, name = rebuild_student(folder, settings, session.teacher, stage)
     results = recorded_results(folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,27 @@ class StageSampler(StatefulDistributedSampler):
     """
 
     def __init__(
-        self, rows: Dataset, num_replicas: int, rank: int, seed: int, shuffle: bool = True, length: int | None = None
+        self,
+        rows: Dataset,
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        shuffle: bool = True,
+        length: int | None = None,
+        batch_size: int = 1,
+        start: int = 0,
     ) -> None:
-        """Args: ``length`` is the number of rows that this process is to see; None: its part of one pass."""
+        """Deals whole batches to the processes, so that N processes see the batches that one accumulates in N.
+
+        Args:
+            rows, num_replicas, rank, seed, shuffle: as above.
+            length: number of rows that this process is to see; None: its part of one pass.
+            batch_size: rows dealt at a time.
+            start: rows of this process that an interrupted run has seen.
+        """
         super().__init__(rows, num_replicas, rank, shuffle, seed)
+        self.batch_size = batch_size
+        self.next_yielded = start or None
         if length is not None:
             self.num_samples, self.total_size = length, length * num_replicas
 
@@ -58,7 +76,8 @@ class StageSampler(StatefulDistributedSampler):
         self.yielded, self.next_yielded = self.next_yielded or 0, None
         current, order = -1, range(rows)
         for number in range(self.yielded, self.num_samples):
-            number = number * self.num_replicas + self.rank  # of all processes' rows
+            batch, place = divmod(number, self.batch_size)
+            number = (batch * self.num_replicas + self.rank) * self.batch_size + place  # of all processes' rows
             if self.shuffle and number // rows != current:
                 current = number // rows
                 generator = torch.Generator().manual_seed(_seed(self.seed, current))
@@ -71,7 +90,7 @@ class StageSampler(StatefulDistributedSampler):
 
 
 class PackedDataModule(lightning.LightningDataModule):
-    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L]}`` for the stages of a run.
+    """Batches ``{"token_ids": int64 [B, L], "document_ids": int32 [B, L], "row": int64 [B]}`` for the stages of a run.
 
     Batches of conversations also hold ``"loss_mask"`` bool [B, L], see `PackedDataset`.
 
@@ -120,6 +139,7 @@ class PackedDataModule(lightning.LightningDataModule):
         self.progress = progress
         self.window = window
         self.folder: Path | None = None
+        self._start = 0  # rows that this process has seen of the stage in which a run with other processes stopped
         self._train: PackedDataset | None = None
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -175,7 +195,7 @@ class PackedDataModule(lightning.LightningDataModule):
         return self.stage_dataloader(self.stage)
 
     def calibration_dataloader(self) -> StatefulDataLoader:
-        """The calibration rows once, in order."""
+        """The calibration rows once, in order; all of them on every process (``CalibrationModule`` deals batches)."""
         return self.stage_dataloader("calibration", shuffle=False)
 
     def layerwise_dataloader(self) -> StatefulDataLoader:
@@ -185,21 +205,23 @@ class PackedDataModule(lightning.LightningDataModule):
         return self.stage_dataloader("distill")
 
     def stage_dataloader(self, stage: str, shuffle: bool = True) -> StatefulDataLoader:
-        """Returns a resumable loader over the rows of ``stage`` that fall to this process.
+        """Returns a resumable loader over the rows of ``stage``.
 
         Args:
             stage: one of STAGES.
-            shuffle: give shuffled batches for all steps of the trainer (without a trainer: one pass); otherwise one
-                pass in order, whose last batch may be smaller.
+            shuffle: give this process's shuffled batches for all steps of the trainer (without a trainer: one pass);
+                otherwise one pass over all rows in order, whose last batch may be smaller.
         """
         rows = Subset(self._rows_for(stage), self.rows_of(stage).tolist())
-        replicas, rank = self._replicas()
+        replicas, rank = self._replicas() if shuffle else (1, 0)
         length = None
         if shuffle and self.trainer is not None:
             if self.trainer.max_steps < 1:
                 raise UserError("set the trainer's max_steps: training is counted in steps, not in epochs.")
             length = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.batch_size
-        sampler = StageSampler(rows, replicas, rank, _seed(self.settings.seed, stage), shuffle, length)
+        sampler = StageSampler(
+            rows, replicas, rank, _seed(self.settings.seed, stage), shuffle, length, self.batch_size, self._start
+        )
         return StatefulDataLoader(
             rows,
             batch_size=self.batch_size,
@@ -216,6 +238,12 @@ class PackedDataModule(lightning.LightningDataModule):
         if share == 0 or stage == "calibration":
             return self.train_dataset
         return CopyRows(self.train_dataset, share, self.window, seed)
+
+    def rows_in_order(self, stage: str, count: int) -> list[int]:
+        """Returns the numbers of the rows that ``stage`` reads first, each once; ``count`` with repetitions."""
+        rows = Subset(self.train_dataset, self.rows_of(stage).tolist())
+        sampler = StageSampler(rows, 1, 0, _seed(self.settings.seed, stage), length=count)
+        return list(dict.fromkeys(rows.indices[place] for place in sampler))
 
     def _replicas(self) -> tuple[int, int]:
         """(processes that see different data, this one's number); processes of a tensor-parallel group share data."""
@@ -239,28 +267,47 @@ class PackedDataModule(lightning.LightningDataModule):
             "stage_rows": dict(self.stage_rows),
             "batch_size": self.batch_size,
             "processes": self._replicas()[0],
+            "accumulate": self._accumulated(),
         }
+
+    def rows_per_step(self) -> int:
+        """Returns the rows of all processes that one optimizer step takes."""
+        return self.batch_size * self._replicas()[0] * self._accumulated()
+
+    def start_at(self, step: int) -> None:
+        """Makes the next loader begin with the first row of optimizer step ``step``.
+
+        For a run that goes on with other processes than it began with; otherwise the loader's own state is exact.
+        """
+        self._start = step * self.batch_size * self._accumulated()
+
+    def _accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses to resume where the rows would be others than those of the interrupted run.
 
         Raises:
-            UserError: the text, context, seed, stage or shares differ.
+            UserError: the text, context, seed, stage or shares differ, or the rows of an optimizer step.
         """
         self.setup()
         options = {
             "data": "the text (data.*)", "context": "the context", "seed": "data.seed", "stage": "the stage",
             "stage_rows": "stage_rows", "copy_share": "data.copy_share",
-            "batch_size": "the batch size", "processes": "the number of processes",
         }  # fmt: skip
-        for key, current in self.state_dict().items():
-            if (saved := state_dict.get(key)) == current:
-                continue
-            changed = f"{options[key]} is {current} but the checkpoint was saved with {saved}"
-            if key in ("batch_size", "processes"):  # legitimate on other hardware
-                log.warning("%s: training goes on, but not with the rows that an uninterrupted run would see", changed)
-            else:
-                raise UserError(f"{changed}; resume with the same one, or start anew from the exported weights.")
+        current = self.state_dict()
+        for key, name in options.items():
+            if state_dict.get(key) != current[key]:
+                raise UserError(
+                    f"{name} is {current[key]} but the checkpoint was saved with {state_dict.get(key)}; resume with "
+                    f"the same one, or start anew from the exported weights."
+                )
+        saved = math.prod(state_dict[key] for key in ("batch_size", "processes", "accumulate"))
+        if saved != self.rows_per_step():
+            raise UserError(
+                f"an optimizer step takes {self.rows_per_step()} rows (processes × batch size × accumulated batches) "
+                f"but {saved} when the checkpoint was saved; change one of them so that it takes {saved} again."
+            )
 
     # ----------------------------------------------------------------------------------------------------- held out
 

@@ -145,8 +145,9 @@ def read_manifest(folder: Path) -> Manifest:
 class PackedDataset(Dataset):
     """Rows of ``context`` tokens cut one after the other from a packed stream; a last partial row is dropped.
 
-    An item is ``{"token_ids": int64 [L], "document_ids": int32 [L]}``. ``document_ids`` number the documents inside
-    the row (0, 1, 2, ...): attention does not cross them. A row that begins inside a document numbers that one 0.
+    An item is ``{"token_ids": int64 [L], "document_ids": int32 [L], "row": int}``, the last its number.
+    ``document_ids`` number the documents inside the row (0, 1, 2, ...): attention does not cross them. A row that
+    begins inside a document numbers that one 0.
 
     Rows of conversations also have ``"loss_mask"``, bool [L]: whether the prediction that is made *at* a position, of
     the token after it, counts. It is True at position i if token i + 1 of the stream is one that the model would write
@@ -205,7 +206,10 @@ class PackedDataset(Dataset):
             first, last = np.searchsorted(self.stream.starts, [begin + 1, begin + self.context])
             document_ids[self.stream.starts[first:last] - begin] = 1
             document_ids = document_ids.cumsum(dtype=np.int32)
-        item = {"token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids)}
+        item = {
+            "token_ids": torch.from_numpy(token_ids), "document_ids": torch.from_numpy(document_ids),
+            "row": row % len(self),
+        }  # fmt: skip
         if self.stream.manifest.masked:
             item["loss_mask"] = torch.from_numpy(self.stream.counted(begin + 1, begin + 1 + self.context))
         return item

@@ -206,7 +206,7 @@ def _combine(
             at_label += tl.sum(tl.load(at + 9 * n, mask=keep, other=0.0), 0)
         max_t, max_s = new_t, new_s
     lse_t = max_t + tl.log(sum_t)
-    delta = max_s - max_t + tl.log(sum_s / sum_t)
+    delta = max_s - max_t + tl.log(tl.div_rn(sum_s, sum_t))  # '/' is inexact: equal sums must give 1
     if not CODED:
         ratio = change / sum_t
         near = tl.abs(ratio) < 0.5  # false for NaN
@@ -406,6 +406,7 @@ class TritonDivergence:
                 hidden_t, hidden_s, self.head_t, self.head_s, self.scale_t[part], self.scale_s[part], x, y, labels,
                 self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared, EVEN=vocab % TILE_N == 0,
                 BM=TILE_M, BN=TILE_N, BK=TILE_K, **common, **ENCODE_OPTIONS,
+                enable_fp_fusion=self.shared,  # a fused multiply-add would leave a rounding error of equal products
             )  # fmt: skip
         else:
             torch.mm(hidden_t, self.head_t.T, out=x).div_(d.temperature)

@@ -1,7 +1,7 @@
-"""The two recovery stages as LightningModules: layer-wise (teacher-forced) and end to end (DESIGN §5).
+"""What both recovery stages share as LightningModules (DESIGN §5): what learns, how, and checkpoints of it.
 
-Both train float32 copies of the parameters that learn and share everything else with the teacher. A checkpoint holds
-only what learns: neither the teacher nor the frozen weights.
+``layerwise`` and ``end_to_end`` have the stages. Both train float32 copies of the parameters that learn and share
+everything else with the teacher. A checkpoint holds only what learns: neither the teacher nor the frozen weights.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tpa_train.distillation.averaging import WeightAverage
-from tpa_train.distillation.divergence import Divergence
-from tpa_train.distillation.losses import linear_divergence, normalised_error
 from tpa_train.distillation.optimizer import ScaledAdamW, element_scale
+from tpa_train.distributed.processes import sum_over_processes, world_size
+from tpa_train.distributed.progress import adapt_progress
+from tpa_train.distributed.sharding import shard, whole
 from tpa_train.errors import UserError, nearest
-from tpa_train.gemma3.attention import AttentionContext
+from tpa_train.gemma3.attention import document_offsets
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
 
 TrainScope = Literal["factors", "attention", "above", "all"]
-FULL_RATE_KL = 0.3  # nats; students that start closer learn at lower rates
 ADAM_EPS = 1e-12  # gradients of a mean over tokens are small, most of all those of widely scaled factors
 SCOPES = ("factors", "attention", "above", "all")
 
@@ -123,6 +121,16 @@ class RecoveryModule(L.LightningModule):
             wide = parameters[name].detach().to(accumulation_dtype(parameters[name].dtype), copy=True)
             set_parameter(student, name, nn.Parameter(wide))
         self._tokens = 0
+        self._counted: list[Tensor] = []  # share of counted tokens of each batch since the last step, where some do not
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Shards both models where the strategy has made a mesh for it (Lightning calls this in every fit)."""
+        if self.device_mesh is None or self._is_sharded:
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self, self.teacher, self.student, self.device_mesh["data_parallel"], dtype)
+        self._is_sharded = True
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Returns the learning parameters by the student's names, detached."""
@@ -134,6 +142,9 @@ class RecoveryModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recovery"] = {"stage": self.stage, "tokens": self._tokens}
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected, found = set(self.state_dict()), set(checkpoint["state_dict"])
@@ -145,6 +156,14 @@ class RecoveryModule(L.LightningModule):
                 + "; start a new run folder or restore the options that it was made with."
             )
         self._tokens = checkpoint["recovery"]["tokens"]
+        if self._trainer is None:
+            return
+        adapt_progress(checkpoint, self.trainer)
+        rng = checkpoint.get("rng", {})
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def finish(self) -> None:
         """Called after training; what the student ends with is set here once all steps are done."""
@@ -159,9 +178,12 @@ class RecoveryModule(L.LightningModule):
         for name, rate in self.learning_rates().items():
             members.setdefault((rate, name in self._factors), []).append(parameters[name])
         groups = [
-            {"params": list_, "lr": rate, "scales": [element_scale(p) for p in list_] if relative else None}
+            {
+                "params": list_, "lr": rate,
+                "scales": [element_scale(whole(p.detach())) for p in list_] if relative else None,
+            }
             for (rate, relative), list_ in members.items()
-        ]
+        ]  # fmt: skip
         optimizer = ScaledAdamW(
             groups, betas=tuple(self.settings.betas), eps=ADAM_EPS, weight_decay=0.0, fused=self.device.type == "cuda"
         )
@@ -172,240 +194,58 @@ class RecoveryModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips by the stage's own setting and logs the norm before clipping."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._normalise_by_tokens(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.log("grad_norm", norm, prog_bar=False)
+        self.log("grad_norm", whole(norm), prog_bar=False)
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Looks at documents while they are on the host: on a GPU this would wait for the step before."""
+        ids = batch.get("document_ids")
+        if ids is None:
+            return batch
+        if bool((ids[:, 0] == ids[:, -1]).all()):  # each row is one text; ids ascend
+            return {name: tensor for name, tensor in batch.items() if name != "document_ids"}
+        return batch | {"cu_seqlens": document_offsets(ids, filled=self.device.type == "cuda")}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, metrics = self.losses(batch)
+        loss, metrics = self(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=False)
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+        several = world_size() > 1
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # other steps are not written
+            for name, value in metrics.items():
+                self.log(name, value, prog_bar=False, sync_dist=several)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=several)
+        return self._weighted(loss, batch)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns ``losses``; called as a module, so that sharded weights are gathered around it."""
+        return self.losses(batch)
+
+    def _weighted(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the mean ``loss`` of a batch times the share of its tokens that count (``loss_mask`` [B, L]).
+
+        A step averages over its batches, of all processes. That is the mean over tokens as long as every batch counts
+        equally many; otherwise ``_normalise_by_tokens`` makes it so, once the step's counts are known.
+        """
+        mask = batch.get("loss_mask")
+        if mask is None:
+            return loss
+        share = mask.to(loss.dtype).mean()
+        self._counted.append(share)
+        return loss * share
+
+    def _normalise_by_tokens(self, parameters: list[nn.Parameter]) -> None:
+        """Scales gradients from a mean over batches of Σ over tokens to one Σ over tokens by their number."""
+        if not self._counted:
+            return
+        batches = len(self._counted) * world_size()
+        shares = sum_over_processes(torch.stack(self._counted).sum())
+        factor = batches / shares.clamp_min(torch.finfo(shares.dtype).tiny)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(float(factor))
+        self._counted = []
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
         raise NotImplementedError
-
-
-def trace_attention(
-    teacher: Gemma3ForCausalLM, layers: list[int], x: Tensor, context: AttentionContext
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns what enters and leaves the attention of each of ``layers``, [B, L, D] each, from embeddings ``x``."""
-    traces = []
-    for index in range(layers[-1] + 1):
-        x, *trace = teacher.layers[index](x, context, trace=True)
-        if index in layers:
-            traces.append(tuple(trace))
-    return traces
-
-
-def attention_errors(
-    student: Gemma3ForMultimodalLMwithTPA,
-    traces: list[tuple[Tensor, Tensor]],
-    roots: list[Tensor | None],
-    context: AttentionContext,
-) -> list[Tensor]:
-    """Returns each converted attention's normalised error on the teacher's ``traces``, under M^½ of ``roots``."""
-    errors = []
-    for index, (entering, expected), root in zip(student.converted_layers, traces, roots, strict=True):
-        errors.append(normalised_error(student.layers[index].self_attn(entering, context), expected, root))
-    return errors
-
-
-def layer_errors(
-    teacher: Gemma3ForCausalLM,
-    student: Gemma3ForMultimodalLMwithTPA,
-    batch: dict[str, Tensor],
-    trace: Callable[..., list[tuple[Tensor, Tensor]]] = trace_attention,
-    measure: Callable[..., list[Tensor]] = attention_errors,
-) -> dict[int, Tensor]:
-    """Returns each converted attention's normalised output error when it is given the teacher's input.
-
-    The error is measured by what it does to the model's output (``student.output_metrics``, from calibration). A plain
-    mean square of a Gemma 3 attention output is ruled by a few large channels: training on it, or on the output after
-    the post-attention norm, lowered the error in every layer of the 270M and raised the KL.
-
-    Args:
-        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L]; ``images`` (``model.begin``).
-        trace, measure: the two passes, where a caller has compiled them.
-    """
-    ids, layers, metrics = batch["token_ids"], student.converted_layers, student.output_metrics
-    for index, root in metrics.items():
-        metrics[index] = root.to(ids.device)
-    with torch.no_grad():
-        x, context = teacher.begin(batch)
-        traces = trace(teacher, layers, x, context)
-    errors = measure(student, traces, [metrics.get(index) for index in layers], context)
-    return dict(zip(layers, errors, strict=True))
-
-
-class LayerwiseModule(RecoveryModule):
-    """Every converted attention gets the teacher's input to its layer and must reproduce the teacher's output.
-
-    All layers learn in parallel, without the vocabulary and without the layers above the last converted one.
-
-    Args (beyond ``RecoveryModule``'s):
-        initial_errors: of each layer before the stage (``layer_errors``). Adam's steps do not shrink with the error, so
-            a layer that starts close gets rates smaller by the root of its error: its noise stays below what it has.
-    """
-
-    stage, passes = "layerwise", ("trace", "measure")
-    trace, measure = staticmethod(trace_attention), staticmethod(attention_errors)
-
-    def __init__(
-        self, teacher, student, settings: OptimizerSettings, total_steps: int, initial_errors: dict[int, float]
-    ) -> None:
-        super().__init__(teacher, student, settings, "factors", total_steps)
-        self.initial_errors = initial_errors
-
-    def learning_rates(self) -> dict[str, float]:
-        return {
-            name: rate * min(1.0, self.initial_errors[layer_of(name)]) ** 0.5
-            for name, rate in super().learning_rates().items()
-        }
-
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = layer_errors(self.teacher, self.student, batch, self.trace, self.measure)
-        return torch.stack(list(errors.values())).sum(), {f"error/layer_{i}": e.detach() for i, e in errors.items()}
-
-
-def next_tokens(batch: dict[str, Tensor]) -> Tensor:
-    """Returns the token that follows each position in its own document, int [B, L]; -1 where there is none.
-
-    Args:
-        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
-    """
-    labels = torch.full_like(batch["token_ids"], -1)
-    labels[:, :-1] = batch["token_ids"][:, 1:]
-    documents = batch.get("document_ids")
-    if documents is not None:
-        labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -1)
-    return labels
-
-
-class EndToEndModule(RecoveryModule):
-    """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
-
-    A batch may carry ``loss_mask`` [B, L], float or bool: the weight of what is predicted at each position. It weights
-    the output loss only: hidden states matter wherever later positions attend to.
-
-    Args (beyond ``RecoveryModule``'s):
-        hidden_weight: of the mean normalised hidden-state error at the first step.
-        hidden_until: share of the steps after which that weight is zero.
-        kl_every: the KL is taken at every so-many-th position (1: all); the head dominates small models on a CPU.
-        initial_kl: of the student before the stage, in nats a token. Rates are those of a student that starts at
-            ``FULL_RATE_KL`` or above, and fall with the root of its KL below: the noise of Adam's steps is a KL of its
-            own, in proportion to the squared rate, and would bury what a close student has. On the 270M, 20 steps of
-            2K tokens at full rates took a student from .006 to .038.
-        checkpoint_activations: keep a layer's input only for the backward pass (arXiv:1604.06174).
-        ema: decay of the average of the weights that the student ends with (``averaging``); 0: no average.
-        divergence: in place of the KL, another comparison of the distributions; may include the text's next tokens.
-    """
-
-    stage, passes = "distilled", ("teacher_pass", "student_pass")
-
-    def __init__(
-        self,
-        teacher,
-        student,
-        settings: OptimizerSettings,
-        scope: TrainScope,
-        total_steps: int,
-        hidden_weight: float = 0.1,
-        hidden_until: float = 0.5,
-        kl_every: int = 1,
-        initial_kl: float = FULL_RATE_KL,
-        divergence: Divergence = Divergence(),  # noqa: B008 (frozen)
-        ema: float = 0.0,
-        checkpoint_activations: bool = False,
-    ) -> None:
-        super().__init__(teacher, student, settings, scope, total_steps)
-        self.average = WeightAverage(ema) if ema > 0 else None
-        self.initial_kl, self.divergence = initial_kl, divergence
-        self.checkpoint_activations = checkpoint_activations
-        self.hidden_weight, self.hidden_until, self.kl_every = hidden_weight, hidden_until, kl_every
-        self.first = min(i for i in map(layer_of, self.trained) if i is not None)
-
-    def learning_rates(self) -> dict[str, float]:
-        share = min(1.0, max(self.initial_kl, 0.0) / FULL_RATE_KL) ** 0.5
-        return {name: rate * share for name, rate in super().learning_rates().items()}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.average is not None:
-            self.average.update(self.trained_tensors())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.average is not None:
-            checkpoint["recovery"]["average"] = self.average.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.average is not None:
-            self.average.load_state_dict(checkpoint["recovery"]["average"])
-
-    def finish(self) -> None:
-        if self.average is not None and self.global_step >= self.total_steps:
-            self.average.copy_to(self.trained_tensors())
-
-    def _decayed_weight(self) -> float:
-        progress = self.global_step / max(1, self.hidden_until * self.total_steps)
-        return self.hidden_weight * max(0.0, 1.0 - progress)
-
-    def teacher_pass(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Returns the residual stream below the first learning layer, those above it, and final hidden states.
-
-        All are [B, L, D]; the streams above are left out where no hidden-state loss asks for them.
-        """
-        shared = x = self.teacher.run_layers(x, context, stop=self.first)
-        streams = []
-        for layer in self.teacher.layers[self.first :]:
-            x = layer(x, context)
-            streams.append(x)
-        return shared, streams if self.hidden_weight > 0 else [], self.teacher.norm(x)
-
-    def student_pass(self, x: Tensor, context: AttentionContext, targets: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Returns final hidden states [B, L, D] and the mean normalised error against the streams ``targets``.
-
-        Args:
-            x: residual stream below the first learning layer, where teacher and student are one.
-        """
-        error = None
-        for number, layer in enumerate(self.student.layers[self.first :]):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, context, use_reentrant=False)
-            else:
-                x = layer(x, context)
-            if targets:
-                term = normalised_error(x, targets[number]) / len(targets)
-                error = term if error is None else error + term
-        return self.student.norm(x), error
-
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        ids = batch["token_ids"]
-        with torch.no_grad():
-            x, context = self.teacher.begin(batch)
-            shared, streams, h_teacher = self.teacher_pass(x, context)
-        h_student, hidden_error = self.student_pass(shared, context, streams)
-        every = min(self.kl_every, ids.shape[1])
-        # Another residue each step, so that all positions get their turn.
-        pick = slice(self.global_step % every, None, every)
-        h_teacher, h_student = (h[:, pick].flatten(0, 1) for h in (h_teacher, h_student))
-        mask, labels = batch.get("loss_mask"), next_tokens(batch)
-        if context.images is not None:
-            # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
-            mask = context.images.text if mask is None else mask * context.images.text
-            labels = labels.masked_fill(labels == self.teacher.config.vision.image_token_id, -1)
-        loss, _ = linear_divergence(
-            h_student, h_teacher, self.student.head_weight, self.teacher.head_weight,
-            weights=None if mask is None else mask[:, pick].flatten(),
-            divergence=self.divergence,
-            labels=labels[:, pick].flatten() if self.divergence.ce_weight > 0 else None,
-        )  # fmt: skip
-        metrics = {"kl" if self.divergence == Divergence() else "output_loss": loss.detach()}
-        if hidden_error is not None:
-            metrics["hidden_error"] = hidden_error.detach()
-            loss = loss + self._decayed_weight() * hidden_error
-        return loss, metrics

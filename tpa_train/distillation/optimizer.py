@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
@@ -32,7 +33,8 @@ def element_scale(factor: Tensor) -> tuple[Tensor, ...]:
 class ScaledAdamW(torch.optim.AdamW):
     """AdamW with optional ``scales`` in a parameter group: each step is multiplied by them, element by element.
 
-    ``scales`` has one item a parameter of the group, as ``element_scale`` returns it. The state is AdamW's own.
+    ``scales`` has one item a parameter of the group, as ``element_scale`` returns it. The state is AdamW's own, so
+    checkpoints do not change. Where a parameter is sharded (a DTensor), its scale is still that of the whole one.
     """
 
     @torch.no_grad()
@@ -40,12 +42,20 @@ class ScaledAdamW(torch.optim.AdamW):
         groups = [group for group in self.param_groups if group.get("scales") is not None]
         scaled = [pair for group in groups for pair in zip(group["params"], group["scales"], strict=True)]
         parameters = [parameter for parameter, _ in scaled]
-        before = [parameter.clone() for parameter in parameters]
+        before = torch._foreach_mul(parameters, 1.0) if parameters else []  # copies, in few kernels
         loss = super().step(closure)
         if parameters:
             steps = torch._foreach_sub(parameters, before)
             for step, (_, scales) in zip(steps, scaled, strict=True):
                 for scale in scales:
-                    step *= scale.to(step)
+                    step *= _beside(scale.to(step.device, step.dtype), step)
             torch._foreach_copy_(parameters, torch._foreach_add(before, steps))
         return loss
+
+
+def _beside(scale: Tensor, parameter: Tensor) -> Tensor:
+    """Returns ``scale`` in a form that may be multiplied with ``parameter``, sharded or not."""
+    if not isinstance(parameter, DTensor):
+        return scale
+    mesh = parameter.device_mesh
+    return DTensor.from_local(scale, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tpa_train.data.rows import collate_rows
+from tpa_train.distributed.processes import rank, world_size
 from tpa_train.errors import UserError
 from tpa_train.evaluation.metrics import (
     AccuracyMetric,
@@ -257,11 +258,10 @@ class Evaluator:
             yield first, collate_rows(rows), real
 
     def _bar(self, name: str) -> tqdm:
-        rank, world = _process()
         total = len(self.rows) * self.context + sum(texts.numel() for texts in self.copy_texts.values())
         return tqdm(
-            total=total // world, desc=f"evaluate {name}", unit="tok", unit_scale=True, leave=False,
-            disable=not self.progress or rank > 0,
+            total=total // world_size(), desc=f"evaluate {name}", unit="tok", unit_scale=True, leave=False,
+            disable=not self.progress or rank() > 0,
         )  # fmt: skip
 
 
@@ -343,18 +343,10 @@ def cache_report(teacher: Any, student: Any, context: int) -> CacheReport:
     return CacheReport(context, dense, tpa, dense / tpa, allocated)
 
 
-def _process() -> tuple[int, int]:
-    """(this process's number, number of processes)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _shard(items: Sequence[Any]) -> Iterator[tuple[Any, bool]]:
     """Yields this process's items; short processes repeat their first one with False, to stay in step with others."""
-    rank, world = _process()
-    for start in range(0, len(items), world):
-        index = start + rank
+    for start in range(0, len(items), world_size()):
+        index = start + rank()
         yield (items[index], True) if index < len(items) else (items[0], False)
 
 

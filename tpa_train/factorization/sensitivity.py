@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tpa_train.distillation.losses import chunk_tokens, head_logits, linear_kl
+from tpa_train.distributed.processes import is_first, merged, share
 from tpa_train.factorization.solutions import Bases, layer_factors
 from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.config import Gemma3Config
@@ -78,10 +79,12 @@ def measure_sensitivity(
     probes: Iterable[Probe],
     text: Tensor | Mapping[str, Tensor],
     every: int = 4,
+    shared: bool = True,
 ) -> dict[Probe, float]:
     """Returns the output KL (nats a token) of each probe.
 
-    The forward of the layers before the probed one is computed once and reused.
+    The forward of the layers before the probed one is computed once and reused. Several processes measure a part of
+    the probes each; all return all of them.
 
     Args:
         model: the dense model.
@@ -89,6 +92,7 @@ def measure_sensitivity(
         probes: what to change, one at a time.
         text: token ids [B, L], or a batch as ``model.begin`` takes it.
         every: the KL is taken at every so-many-th position; the head costs more than the layers.
+        shared: whether processes share the work; otherwise this one does it all.
     """
     probes = sorted(set(probes))
     if not probes:
@@ -105,13 +109,14 @@ def measure_sensitivity(
     with torch.autocast(x.device.type, enabled=False):
         divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
     result: dict[Probe, float] = {}
-    for probe in tqdm(probes, desc="measuring sensitivities", unit="probe", leave=False):
+    bar = {"desc": "measuring sensitivities", "unit": "probe", "leave": False, "disable": not is_first()}
+    for probe in tqdm(share(probes) if shared else probes, **bar):
         changed = changed_layer(model, bases, probe)
         x = changed(residuals[probe.layer], context)
         hidden = final(model.run_layers(x, context, probe.layer + 1))
         with torch.autocast(x.device.type, enabled=False):
             result[probe] = divergence(hidden)
-    return result
+    return merged(result) if shared else result
 
 
 @torch.no_grad()

@@ -29,42 +29,51 @@ try:  # torch ≥ 2.10; older versions and CPUs use the SDPA path below
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # pragma: no cover - depends on the installed torch
     varlen_attn = None
-# Newer versions read each key for all its query heads instead of having it repeated.
 VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 RotaryTable = tuple[Tensor, Tensor]
-DOCUMENT_SIZES = 8  # on CUDA, offsets of documents are filled up to a power of this, 64 at least
+OFFSETS = 8  # filled document offsets have a power of this as their size, 64 at least
 BAND_BLOCK = 128  # queries of a block in the banded path: it computes W + 128 scores a query for the W that are needed
+
+
+def document_offsets(ids: Tensor, filled: bool = False) -> Tensor:
+    """Returns where documents begin among the flattened [B·L] tokens, and the end: int32 [≥ documents + 1].
+
+    Args:
+        ids: int [B, L], constant inside a document and different in neighbouring ones.
+        filled: with empty documents at the end, to one of a few sizes: code compiled for its shape serves every batch.
+    """
+    batch, length = ids.shape
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    size = len(first) + 1
+    if filled:
+        size = OFFSETS ** math.ceil(math.log(max(size, OFFSETS**2), OFFSETS))
+    return F.pad(first, (0, size - len(first)), value=batch * length).to(torch.int32)
 
 
 @dataclass
 class Documents:
     """Which document every token of a packed batch belongs to; attention never crosses a document's edge.
 
-    ``ids``: int [B, L], constant inside a document and different in neighbouring ones.
-
-    On CUDA ``cu_seqlens`` is filled up with empty documents to one of a few sizes, so that code compiled for its shape
-    serves every batch.
+    ``ids``: int [B, L], as ``document_offsets`` takes them. ``cu_seqlens``: what that returns, where it is known: to
+    find it on a GPU is to wait for the GPU.
     """
 
     ids: Tensor
-    cu_seqlens: Tensor = field(init=False)  # int32 [≥ documents + 1], offsets in the flattened [B·L] tokens
+    cu_seqlens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        batch, length = self.ids.shape
-        starts = torch.ones_like(self.ids, dtype=torch.bool)
-        starts[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
-        first = starts.flatten().nonzero().flatten()
-        size = len(first) + 1
-        if self.ids.is_cuda:
-            size = DOCUMENT_SIZES ** math.ceil(math.log(max(size, DOCUMENT_SIZES**2), DOCUMENT_SIZES))
-        self.cu_seqlens = F.pad(first, (0, size - len(first)), value=batch * length).to(torch.int32)
+        if self.cu_seqlens is None:
+            self.cu_seqlens = document_offsets(self.ids, filled=self.ids.is_cuda)
 
     def segments(self) -> list[tuple[int, int, int]]:
         """Returns (row, start, end) of every document, on the host."""
         length = self.ids.shape[1]
         edges = self.cu_seqlens.tolist()
-        return [(a // length, a % length, a % length + (b - a)) for a, b in zip(edges, edges[1:], strict=False)]
+        pairs = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+        return [(a // length, a % length, a % length + (b - a)) for a, b in pairs]
 
 
 @dataclass
@@ -142,15 +151,11 @@ def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
         edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
     else:
         edges = documents.cu_seqlens
-    options = {}
-    if k.shape[2] != heads:
-        if VARLEN_GQA:
-            options["enable_gqa"] = True
-        else:
-            k, v = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (k, v))
-    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    # Older versions read each key for all its query heads without being told.
+    options = {"enable_gqa": True} if VARLEN_GQA and k.shape[2] != heads else {}
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     left = -1 if window is None else window - 1
-    out = varlen_attn(*flat, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
+    out = varlen_attn(q, k, v, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
     return out.view(batch, length, heads, dim)
 
 
@@ -279,10 +284,13 @@ class Attention(nn.Module):
         """Projects attention results [B, L, H, e] to the residual stream [B, L, D]."""
         return self.o_proj(heads.flatten(-2))
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Attends over ``x`` [B, L, D] (and, with a cache, over everything before it); returns [B, L, D]."""
+    def forward(self, x: Tensor, context: AttentionContext, queries: Tensor | None = None) -> Tensor:
+        """Attends over ``x`` [B, L, D] (and, with a cache, over everything before it); returns [B, L, D].
+
+        ``queries``: what ``self.queries`` returns for x, where a caller has it already.
+        """
         rotary = context.rotary[self.kind]
-        q = self.queries(x, rotary)
+        q = self.queries(x, rotary) if queries is None else queries
         entries = self.write(x, rotary)
         if context.cache is None:
             k, v = self.read(self.as_cached(entries), rotary)

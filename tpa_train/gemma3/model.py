@@ -35,20 +35,22 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, context: AttentionContext, trace: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Maps the residual stream [B, L, D] to the next one; with ``trace`` also what enters and leaves the attention.
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps the residual stream [B, L, D] to the next one.
 
-        The trace is a return value, not a forward hook, so that a compiled layer gives it too. A layer that waits in
-        the host's memory (``trainer.offload``) is lent to the device of ``x`` meanwhile.
+        With ``trace`` also returns what enters the attention [B, L, D], its queries [B, L, H, d], and what leaves it
+        [B, L, D]: as values, not through hooks, so that compiled code gives them too. A layer that waits in the host's
+        memory (``trainer.offload``) is lent to the device of ``x`` meanwhile.
         """
         if self.mlp.gate_proj.weight.device != x.device:
             with lent(self, x.device):
                 return self(x, context, trace)
         normed = self.input_layernorm(x)
-        attended = self.self_attn(normed, context)
+        queries = self.self_attn.queries(normed, context.rotary[self.self_attn.kind])
+        attended = self.self_attn(normed, context, queries)
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return (x, normed, attended) if trace else x
+        return (x, normed, queries, attended) if trace else x
 
 
 class Gemma3ForCausalLM(nn.Module):
@@ -74,18 +76,18 @@ class Gemma3ForCausalLM(nn.Module):
         return Attention(self.config, index)
 
     def context(
-        self, token_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+        self, token_ids: Tensor, document_ids: Tensor | Documents | None = None, cache: KVCache | None = None
     ) -> AttentionContext:
         """Returns what all layers share in a forward pass over ``token_ids`` [B, L].
 
-        ``document_ids`` int [B, L]: packed documents that must not see each other (not with a cache).
+        ``document_ids`` int [B, L], or ``Documents``: packed texts that must not see each other (not with a cache).
         """
         length, documents = token_ids.shape[1], None
         if cache is not None:
             positions = cache.positions(length)
         else:
             positions = torch.arange(length, device=token_ids.device)[None]
-            documents = None if document_ids is None else Documents(document_ids)
+            documents = Documents(document_ids) if isinstance(document_ids, Tensor) else document_ids
         images = None
         if self.vision is not None and length > 1:  # a token alone has nothing later to look at
             ids = image_blocks(token_ids, self.config.vision.image_token_id)
@@ -121,8 +123,8 @@ class Gemma3ForCausalLM(nn.Module):
         """Returns the start of the residual stream [B, L, D] and what all layers share, of one forward pass.
 
         Args:
-            batch: ``token_ids`` int [B, L] and, where there are any, ``document_ids`` int [B, L] and ``images`` (as in
-                ``embed``); or the token ids alone.
+            batch: ``token_ids`` int [B, L] and, where there are any, ``document_ids`` int [B, L] (with ``cu_seqlens``,
+                where it is known: ``Documents``) and ``images`` (as in ``embed``); or the token ids alone.
             cache: see ``context``.
 
         Raises:
@@ -130,7 +132,10 @@ class Gemma3ForCausalLM(nn.Module):
         """
         batch = {"token_ids": batch} if isinstance(batch, Tensor) else batch
         token_ids, images = batch["token_ids"], batch.get("images")
-        context = self.context(token_ids, batch.get("document_ids"), cache)
+        documents = batch.get("document_ids")
+        if isinstance(documents, Tensor) and cache is None:
+            documents = Documents(documents, batch.get("cu_seqlens"))
+        context = self.context(token_ids, documents, cache)
         if context.images is not None and images is None:
             raise UserError("the text has image tokens, but no image was given with it.")
         return self.embed(token_ids, images), context
