@@ -69,7 +69,8 @@ class Row:
 
 
 class ImageTextDataset(Dataset):
-    """Rows ``{"token_ids": int64 [L], "document_ids": int32 [L], "images": uint8 [n, 3, S, S]}`` of documents.
+    """Rows ``{"token_ids": int64 [L], "document_ids": int32 [L], "images": uint8 [n, 3, S, S]}`` of documents, and
+    the row's number as ``"row"``.
 
     Args:
         documents: in order; at least one.
@@ -108,6 +109,7 @@ class ImageTextDataset(Dataset):
         return {
             "token_ids": torch.from_numpy(row.ids.astype(np.int64)),
             "document_ids": torch.from_numpy(documents.copy()),
+            "row": index,
             IMAGES: torch.cat([torch.empty(0, 3, size, size, dtype=torch.uint8), *views]),
         }
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from tpa_train.gemma3.images import NO_IMAGE, image_blocks
 from tpa_train.gemma3.vision_config import VisionConfig
@@ -16,10 +17,10 @@ from tpa_train.gemma3.vision_config import VisionConfig
 IMAGES = "images"  # uint8 [n, 3, S, S] of a row, n its own
 
 
-def collate_rows(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def collate_rows(rows: Sequence[Mapping[str, Tensor | int]]) -> dict[str, Tensor]:
     """Returns the rows as one batch: everything stacked to [B, …], images one after the other, [N, 3, S, S]."""
-    join = {name: torch.cat if name == IMAGES else torch.stack for name in rows[0]}
-    return {name: joined([row[name] for row in rows]) for name, joined in join.items()}
+    batch = default_collate([{name: item for name, item in row.items() if name != IMAGES} for row in rows])
+    return batch | ({IMAGES: torch.cat([row[IMAGES] for row in rows])} if IMAGES in rows[0] else {})
 
 
 def shortened(batch: Mapping[str, Tensor], length: int, vision: VisionConfig | None = None) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def shortened(batch: Mapping[str, Tensor], length: int, vision: VisionConfig | N
         counts, kept = blocks.amax(1) + 1, blocks[:, :length].amax(1) + 1
         first = counts.cumsum(0) - counts
         keep = [int(f) + n for f, k in zip(first, kept, strict=True) for n in range(int(k))]
-    short = {name: tensor[:, :length] for name, tensor in batch.items() if name != IMAGES}
+    short = {n: t[:, :length] if t.dim() > 1 else t for n, t in batch.items() if n != IMAGES}
     if IMAGES in batch:
         short[IMAGES] = batch[IMAGES] if keep is None else batch[IMAGES][keep]
     return short
