@@ -35,7 +35,8 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
 
-CUDA_CHUNKS = 3  # of CHUNK_BYTES alive in a chunk of the compiled loss: both models' logits, and their difference
+FUSED_BYTES = 14 << 27  # of logits that the fused loss keeps (divergence_kernel.CHUNK_BYTES)
+LOSS_CHUNKS = 8  # of CHUNK_BYTES alive in the loss on a CPU: logits, probabilities, their ratio and the gradient
 _ATTENTION = ("flash_attention", "efficient_attention", "varlen_attn")  # in the names of attention kernels
 
 
@@ -203,9 +204,8 @@ class TracedModels:
         del moments
         end_to_end = isinstance(module, EndToEndModule)
         tokens = batch * context // module.kl_every if end_to_end else 0
-        logits = logit_bytes(self.device, tokens, self.config)
-        if self.device.type != "cpu":  # the products inside the loss, which were not traced there
-            flops += 3 * 2 * tokens * self.config.vocab_size * self.config.hidden_size
+        logits = loss_bytes(self.device, tokens, module.student.head_weight) if tokens else 0
+        flops += 3 * 2 * tokens * self.config.vocab_size * self.config.hidden_size  # inside the loss
         return StageTrace(
             sum(p.numel() for p in learning), weights, optimizer, logits, max(peak, weights + optimizer + copies), flops
         )
@@ -234,28 +234,25 @@ class TracedCalibration(CalibrationModule):
 
 
 class TracedEndToEnd(EndToEndModule):
-    """The end-to-end stage without data; on CUDA its loss is a compiled kernel, of which the chunks are counted."""
+    """The end-to-end stage without data. Its loss looks at numbers, so of that the chunks are counted."""
 
-    def output_loss(self, student: Tensor, teacher: Tensor, *rest: Tensor | None) -> Tensor:
-        if student.device.type == "cpu":
-            return super().output_loss(student, teacher, *rest)
+    def output_loss(self, student: Tensor, teacher: Tensor, *_rest: Tensor | None) -> Tensor:
         head = self.student.head_weight
-        chunks = torch.empty(
-            logit_bytes(student.device, student.shape[0], self.student.config), dtype=torch.uint8, device=head.device
-        )
+        size = loss_bytes(student.device, student.shape[0], head)
+        chunks = torch.empty(size, dtype=torch.uint8, device=head.device)
         del chunks
         # All that is kept for the backward pass is the gradient, of the hidden states' size.
         return (student.float() * torch.empty_like(student, dtype=torch.float32)).sum()
 
 
+def loss_bytes(device: torch.device, tokens: int, head: Tensor) -> int:
+    """Returns what the output loss of ``tokens`` tokens holds at once, beside its result."""
+    words, size = head.shape
+    if device.type == "cuda":  # two 16-bit logits a token and word, and the head in float16 (divergence_kernel)
+        return min(FUSED_BYTES, 4 * tokens * words) + 2 * words * size
+    return LOSS_CHUNKS * min(CHUNK_BYTES["cpu"], 4 * tokens * words)
+
+
 def _chunk_bytes(device: torch.device, tokens: int, config: Gemma3Config) -> int:
     """Returns the bytes of one chunk of float32 logits."""
     return min(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]), max(1, tokens) * config.vocab_size * 4)
-
-
-def logit_bytes(device: torch.device, tokens: int, config: Gemma3Config) -> int:
-    """Returns the bytes of all chunks of logits that the output loss of ``tokens`` tokens holds at once."""
-    if not tokens:
-        return 0
-    copies = CUDA_CHUNKS if device.type == "cuda" else 6  # eager: logits and log-probabilities of both, and two more
-    return copies * _chunk_bytes(device, tokens, config)

@@ -64,8 +64,8 @@ def open_teacher_cache(session: Session, fill: bool = True) -> TeacherCache | No
     if settings.cache == "none":
         return None
     folder = Path(settings.folder) if settings.folder else session.folder.parent / "teacher_cache"
-    auto = session.teacher.head_weight.dtype if settings.cache == "hidden" else torch.float32
-    dtype = auto if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    # The loss starts from the small difference of both models' hidden states: rounded ones would spoil it.
+    dtype = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     identity = {
         "teacher": weights_fingerprint(session.teacher), "precision": str(machine.dtype).removeprefix("torch."),
         "tokenizer": session.teacher.tokenizer.fingerprint, "data": data.train_dataset.stream.manifest.fingerprint,

@@ -32,7 +32,7 @@ PEAKS = {
 
 
 # Weights of an attention that its input is multiplied with.
-READING = ("q_proj.weight", "down.weight", "keys.proj.weight", "values.proj.weight")
+READING = ("down.weight", "keys.proj.weight", "values.proj.weight")
 
 
 def peak_flops(name: str) -> float | None:
@@ -67,7 +67,10 @@ def training_flops(module: RecoveryModule, context: int) -> float:
     trained = 2 * sum(p.numel() for p in module.trained_tensors().values() if p.dim() >= 2)
     if not isinstance(module, EndToEndModule):
         layers = student.converted_layers
-        own = sum(_products(student.layers[i].self_attn) for i in layers)
+        # Dense queries are the teacher's.
+        own = sum(_products(student.layers[i].self_attn) for i in layers) - sum(
+            2 * student.layers[i].self_attn.q_proj.weight.numel() for i in layers if student.specs[i].form_q == "dense"
+        )
         # The layer's input needs no gradient, so none passes through what reads it.
         reading = sum(
             2 * p.numel()

@@ -292,15 +292,15 @@ class PackedDataModule(lightning.LightningDataModule):
         """
         self.setup()
         options = {
-            "data": "the text (data.*)", "context": "the context", "seed": "data.seed", "stage": "the stage",
-            "stage_rows": "stage_rows", "copy_share": "data.copy_share",
+            "copy_share": "data.copy_share", "data": "the text (data.*)", "context": "the context", "seed": "data.seed",
+            "stage": "the stage", "stage_rows": "stage_rows",
         }  # fmt: skip
         current = self.state_dict()
         for key, name in options.items():
-            if state_dict.get(key) != current[key]:
+            if state_dict.get(key) != current.get(key):
                 raise UserError(
-                    f"{name} is {current[key]} but the checkpoint was saved with {state_dict.get(key)}; resume with "
-                    f"the same one, or start anew from the exported weights."
+                    f"{name} is {current.get(key)} but the checkpoint was saved with {state_dict.get(key)}; resume "
+                    f"with the same one, or start anew from the exported weights."
                 )
         saved = math.prod(state_dict[key] for key in ("batch_size", "processes", "accumulate"))
         if saved != self.rows_per_step():

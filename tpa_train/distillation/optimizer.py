@@ -49,7 +49,9 @@ class ScaledAdamW(torch.optim.AdamW):
             for step, (_, scales) in zip(steps, scaled, strict=True):
                 for scale in scales:
                     step *= _beside(scale.to(step.device, step.dtype), step)
-            torch._foreach_copy_(parameters, torch._foreach_add(before, steps))
+            changed = torch._foreach_add(before, steps)
+            torch._foreach_zero_(parameters)  # shards know no _foreach_copy_
+            torch._foreach_add_(parameters, changed)
         return loss
 
 

@@ -131,7 +131,10 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
                 raise UserError(f"'{name}' has shape {tuple(factors[name].shape)}, not {tuple(parameter.shape)}.")
             set_parameter(student, name, nn.Parameter(factors[name].detach().clone(), requires_grad=False))
         student.tokenizer, student.source = dense.tokenizer, dense.source
-        return student.to(dense.embed_tokens.weight.device).train(dense.training)  # moves the constants of the forms
+        for module in student.modules():  # the constants of the forms; everything else is where it belongs
+            for name, constant in module._buffers.items():
+                module._buffers[name] = constant.to(dense.embed_tokens.weight.device)
+        return student.train(dense.training)
 
     @classmethod
     def from_pretrained(
