@@ -134,7 +134,7 @@ def test_evaluate_merges_the_recorded_adapter(chat, tmp_path, capsys):
 def test_generate_wraps_the_prompt(chat, tiny, capsys):
     model = Gemma3ForMultimodalLMwithTPA.from_pretrained(chat.run / "export")
     answers = continue_text(model, ["hello <end_of_turn>"], max_tokens=6, chat=True)
-    (ids,) = encode_prompts(model, ["hello <end_of_turn>"], chat=True)
+    (ids,), _ = encode_prompts(model, ["hello <end_of_turn>"], chat=True)
     assert ids == ChatTemplate(model.tokenizer).encode_prompt("hello <end_of_turn>")
     assert ids.count(model.tokenizer.end_of_turn_id) == 1 and ids.count(model.tokenizer.bos_id) == 1
     for path, options, tokens in (

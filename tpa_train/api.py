@@ -129,6 +129,7 @@ def export(
         layers=layer_rows(student),
         source=source.description if source is not None else "",
         weights_quantized=bool(source is not None and source.weights_quantized),
+        multimodal=student.config.vision is not None,
         adapter=source.adapter.name if source is not None and source.adapter else "",
     )
     origin = str(Path(source.path).resolve()) if source is not None else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tpa_train.checkpoints.export import export_model
+from tpa_train.data.rows import collate_rows, shortened
 from tpa_train.distributed.launching import joined, launch, must_launch, one_voice
 from tpa_train.distributed.processes import from_first, is_first, world_size
 from tpa_train.errors import UserError
@@ -33,6 +34,7 @@ from tpa_train.results import (
 from tpa_train.runs import RunFolder, default_folder
 from tpa_train.settings import RunSettings
 from tpa_train.teacher import open_teacher_cache
+from tpa_train.texts import check_batch
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import make_loggers, release_memory
@@ -142,15 +144,16 @@ class Run:
     def _expected_time(self) -> str:
         """A rough estimate from one measured forward pass of the layers on this machine."""
         session, recipe = self.session, self.settings.recipe
-        ids = session.data.train_dataset[0]["token_ids"][None, :1024].to(session.machine.device)
         model = session.teacher
+        batch = shortened(collate_rows([session.data.train_dataset[0]]), 1024, session.config.vision)
+        batch = {name: tensor.to(session.machine.device) for name, tensor in batch.items()}
         with torch.no_grad(), session.machine.autocast():
             for _ in range(2):  # the first one warms up
                 start = time.perf_counter()
-                model.run_layers(model.embed(ids), model.context(ids))
+                model.run_layers(*model.begin(batch))
                 if session.machine.device.type == "cuda":
                     torch.cuda.synchronize()
-        per_token = (time.perf_counter() - start) / ids.shape[1]
+        per_token = (time.perf_counter() - start) / batch["token_ids"].shape[1]
         body = sum(p.numel() for n, p in model.named_parameters() if n.startswith("layers."))
         head = model.head_weight.numel() / body  # the head's cost beside the layers'
         evaluation = self.settings.evaluation
@@ -193,6 +196,7 @@ class Run:
         say(
             f"{name:>10}  perplexity {result.perplexity:.3f} (teacher {result.teacher_perplexity:.3f})  "
             f"KL {result.kl:.4f}  top-1 {result.top1:.4f}" + (f"  copy {copies}" if copies else "")
+            + (f"  image tokens: KL {images['kl']:.4f}" if (images := result.image_tokens) else "")
         )
 
     def _factorize(self) -> None:
@@ -291,7 +295,7 @@ class Run:
         if not export.exists():
             export_model(
                 self.student, export, s.export.dtype, model_card(report), str(model_path(s).resolve()),
-                check_ids=self.session.data.heldout_rows(512, min(512, s.trainer.context))[0]["token_ids"][None],
+                check_ids=check_batch(self.session),
             )  # fmt: skip
         written = write_report(self.folder.path, report)
         say(f"\nreport  {written}\nexport  {export}")

@@ -37,10 +37,12 @@ from tpa_train.factorization.calibration import Calibration, CalibrationModule
 from tpa_train.factorization.latent import output_metric
 from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
+from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
 from tpa_train.teacher import check_teacher_cache, check_top_k
+from tpa_train.texts import data_module, sensitivity_text
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory
@@ -100,11 +102,19 @@ class Session:
     def teacher(self) -> Gemma3ForCausalLM:
         model = self.loaded
         if model is None:
-            model = load_pretrained(model_path(self.settings), self.machine.dtype, self.settings.model.adapter)
+            where = "cpu" if self.settings.trainer.offload else self.machine.device
+            adapter = self.settings.model.adapter
+            model = load_pretrained(model_path(self.settings), self.machine.dtype, adapter, where)
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
-        return model.requires_grad_(False).to(self.machine.device)
+        model.requires_grad_(False)
+        if not self.settings.trainer.offload:
+            return model.to(self.machine.device)
+        for part in (model.embed_tokens, model.norm, model.vision):  # the layers are lent to the device as they compute
+            if part is not None:
+                part.to(self.machine.device)
+        return model
 
     @property
     def config(self) -> Gemma3Config:
@@ -116,15 +126,7 @@ class Session:
 
     @cached_property
     def data(self) -> PackedDataModule:
-        trainer, calibration = self.settings.trainer, self.settings.recipe.calibration
-        module = PackedDataModule(
-            self.settings.data,
-            self.teacher.tokenizer,
-            trainer.context,
-            trainer.batch_size,
-            stage_rows={"calibration": max(1, -(-calibration.tokens // trainer.context))},
-            window=self.config.sliding_window,
-        )
+        module = data_module(self.settings, self.teacher)
         first_of_node(module.prepare_data, local_rank())
         module.setup()
         return module
@@ -175,6 +177,8 @@ def check_settings(settings: RunSettings) -> None:
             raise UserError(f"recipe.stages: '{stage}' is no stage{nearest(stage, STAGES)}")
     if not recipe.stages or recipe.stages[0] != "factorize":
         raise UserError("recipe.stages must begin with factorize: there is nothing to recover before it.")
+    if trainer.offload and (recipe.stages != ["factorize"] or trainer.devices != 1 or trainer.num_nodes != 1):
+        raise UserError("trainer.offload=true is for recipe=factorize on one device: training needs the layers there.")
     if recipe.distill.scope not in SCOPES:
         scope = recipe.distill.scope
         raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
@@ -210,6 +214,8 @@ def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:
     """
     budget = settings.budget
     validate_budget(config, budget_of(settings, config))
+    if settings.data.kind == "image_text" and config.vision is None:
+        raise UserError("data=image_text needs a multimodal model, but this one is text-only; use data=text.")
     check_top_k(settings, config)
     for option, tokens in (
         ("trainer.context", settings.trainer.context),
@@ -240,6 +246,14 @@ def timed(machine: Machine, work: Callable[[], Any]) -> tuple[Any, float, float]
 
 def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCost]:
     """Gathers the moments of ``layers`` in one pass of the Trainer over the calibration rows."""
+    if session.settings.trainer.offload:
+        batches, seed = session.data.calibration_dataloader(), session.settings.seed
+
+        def stream() -> Calibration:
+            return calibrate_streaming(session.teacher, batches, layers, device=session.machine.device, seed=seed)
+
+        calibration, seconds, peak = timed(session.machine, stream)
+        return calibration, StageCost(calibration.tokens, seconds, peak)
     module = CalibrationModule(session.teacher, layers, seed=session.settings.seed)
     trainer = make_trainer(session.machine, session.folder)
     loader = session.data.calibration_dataloader()
@@ -251,15 +265,6 @@ def calibrate(session: Session, layers: list[int]) -> tuple[Calibration, StageCo
     calibration, seconds, peak = timed(session.machine, work)
     session.teacher.to(session.machine.device)  # Lightning leaves the model on the CPU
     return calibration, StageCost(calibration.tokens, seconds, peak)
-
-
-def sensitivity_text(session: Session) -> Tensor:
-    """Returns the text [B, L] on which sensitivities are measured: not what the directions were calibrated on."""
-    rows = session.data.rows_of("distill")
-    tokens = session.settings.recipe.calibration.sensitivity_tokens
-    dataset, context = session.data.train_dataset, session.data.context
-    ids = torch.stack([dataset[int(i)]["token_ids"] for i in rows[: max(1, tokens // context)]])
-    return ids[:, : max(1, tokens // len(ids))].to(session.machine.device)
 
 
 def measure(

@@ -23,6 +23,7 @@ from tpa_train.errors import UserError
 from tpa_train.factorization.sensitivity import output_kl
 from tpa_train.pipeline import Session, StageCost, timed
 from tpa_train.teacher import open_teacher_cache
+from tpa_train.texts import heldout_batch
 from tpa_train.throughput import Throughput
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
 from tpa_train.trainers import make_trainer, seeded
@@ -30,9 +31,7 @@ from tpa_train.trainers import make_trainer, seeded
 
 def measure_layer_errors(session: Session, student: Gemma3ForMultimodalLMwithTPA) -> dict[int, float]:
     """Returns each converted attention's output error on held-out rows (``distillation.layerwise.layer_errors``)."""
-    rows = session.data.heldout_rows(2 * session.data.context)
-    keys = ("token_ids", "document_ids")
-    batch = {k: torch.stack([rows[i][k] for i in range(len(rows))]).to(session.machine.device) for k in keys}
+    batch = heldout_batch(session)
     with torch.no_grad(), session.machine.autocast():
         return {i: float(error) for i, error in layer_errors(session.teacher, student, batch).items()}
 
@@ -44,10 +43,9 @@ def recovery_module(session: Session, student: Gemma3ForMultimodalLMwithTPA, sta
         errors = from_first(lambda: measure_layer_errors(session, student))
         return LayerwiseModule(session.teacher, student, recipe.layerwise, steps, errors)
     distill = recipe.distill
-    rows = session.data.heldout_rows(2 * session.data.context)
-    ids = torch.stack([rows[i]["token_ids"] for i in range(len(rows))]).to(session.machine.device)
+    batch = {k: t for k, t in heldout_batch(session).items() if k != "document_ids"}
     with session.machine.autocast():
-        initial_kl = from_first(lambda: output_kl(session.teacher, student, ids))
+        initial_kl = from_first(lambda: output_kl(session.teacher, student, batch))
     return EndToEndModule(
         session.teacher, student, distill, distill.scope, steps,
         hidden_weight=distill.hidden_weight, hidden_until=distill.hidden_until, kl_every=distill.kl_every,

@@ -143,6 +143,8 @@ class TrainerSettings:
     batch_size: int = 4
     # batches whose gradients are added up before an optimizer step
     accumulate: int = 1
+    # keep the layers in the host's memory and lend them to the device one at a time; with recipe=factorize only
+    offload: bool = False
     # compile the models' forward (CUDA)
     compile: bool = False
     # keep only the inputs of the student's layers for the backward pass and recompute the rest: less memory, more time

@@ -24,6 +24,8 @@ def check_teacher_cache(settings: RunSettings) -> None:
             raise UserError(f"teacher.{option}={value} is unknown{nearest(value, valid)}")
     if teacher.cache == "none":
         return
+    if settings.data.kind == "image_text":
+        raise UserError(f"teacher.cache={teacher.cache} holds text only; with data=image_text set teacher.cache=none.")
     if distill.hidden_weight > 0:
         raise UserError(
             f"teacher.cache={teacher.cache} trains without the teacher's forward pass, with whose layers "

@@ -12,6 +12,7 @@ from tpa_train.checkpoints import load_pretrained
 from tpa_train.errors import UserError
 from tpa_train.gemma3 import config as gemma3_config
 from tpa_train.gemma3.config import SIZES, Gemma3Config
+from tpa_train.gemma3.vision_config import VisionConfig
 
 
 def to_gemma_pytorch(state: dict, config: Gemma3Config, embedding: str = "text_token_embedder") -> dict:
@@ -43,8 +44,6 @@ def save(path, state):
 def test_round_trip(embedding, known_size, tokenizer, tmp_path):
     state = random_state(known_size)
     stored = to_gemma_pytorch(state, known_size, embedding)
-    if embedding == "text_token_embedder":
-        stored |= {"siglip_vision_model.x.weight": torch.ones(2), "mm_input_projection.weight": torch.ones(2)}
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_proto)
     save(tmp_path / "model.ckpt", stored)
     model = load_pretrained(tmp_path)  # the folder holds one checkpoint file
@@ -53,7 +52,45 @@ def test_round_trip(embedding, known_size, tokenizer, tmp_path):
         assert torch.equal(tensor, state[name]), name
     assert model.tokenizer.fingerprint == tokenizer.fingerprint
     assert model.source.format == "gemma_pytorch" and not model.source.weights_quantized
-    assert len(model.source.skipped) == 2 * (embedding == "text_token_embedder")
+    assert model.vision is None
+
+
+def vision_to_gemma_pytorch(state: dict) -> dict:
+    """Renames our vision weights as google/gemma_pytorch stores them, and transposes the projection."""
+    out = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("vision.").replace("vision_tower.", "siglip_vision_model.")
+        name = name.replace("embeddings.", "").replace("encoder.layers.", "encoder_blocks.")
+        name = name.replace("out_proj", "o_proj").replace("post_layernorm", "final_norm")
+        name = name.replace("multi_modal_projector.mm_soft_emb_norm", "mm_soft_embedding_norm")
+        if name.endswith("mm_input_projection_weight"):
+            name, tensor = "mm_input_projection.weight", tensor.T.contiguous()
+        out[name] = tensor
+    return out
+
+
+def test_multimodal_round_trip(known_size, tmp_path):
+    """In bfloat16 on disk and float32 in memory, the vision side as stored."""
+    from multimodal_models import random_multimodal
+
+    vision = VisionConfig(
+        image_size=56, patch_size=14, hidden_size=144, intermediate_size=20, num_layers=2, num_heads=2,
+        tokens_per_image=1,
+    )  # fmt: skip
+    config = dataclasses.replace(known_size, vision=vision)
+    state = random_multimodal(config, dtype=torch.bfloat16).state_dict()
+    text = {name: tensor for name, tensor in state.items() if not name.startswith("vision.")}
+    rest = {name: tensor for name, tensor in state.items() if name.startswith("vision.")}
+    stored = to_gemma_pytorch(text, config) | vision_to_gemma_pytorch(rest)
+    stored["siglip_vision_model.position_ids"] = torch.arange(16)[None]
+    model = load_pretrained(save(tmp_path / "model.ckpt", stored), torch.float32)
+    assert model.config == config
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == (torch.bfloat16 if name in rest else torch.float32)
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    del stored["siglip_vision_model.final_norm.bias"]
+    with pytest.raises(UserError, match="post_layernorm.bias is missing"):
+        load_pretrained(save(tmp_path / "model.ckpt", stored))
 
 
 def test_int8_weights_are_dequantized(known_size, tmp_path):

@@ -20,6 +20,7 @@ from tpa_train.errors import UserError, nearest
 PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
+    "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",

@@ -51,14 +51,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_pretrained(
-    path: str | Path, dtype: torch.dtype = torch.float32, adapter: str | Path | None = None
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    adapter: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Gemma3ForCausalLM:
-    """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode, on the CPU.
+    """Loads a pretrained or fine-tuned Gemma 3 from any supported format, in eval mode.
 
     Args:
         path: a ``.gguf`` or ``.ckpt`` file, or a Hugging Face folder.
-        dtype: of the weights in memory, whatever the file stores.
+        dtype: of the weights in memory, whatever the file stores; a vision side keeps the type that it is stored in.
         adapter: folder of a LoRA adapter that is merged into the weights (``adapter.merge_adapter``).
+        device: where the weights go, one tensor after the other.
 
     Returns:
         The model, with ``model.tokenizer`` (None if the checkpoint has no SentencePiece model) and ``model.source``.
@@ -68,7 +72,7 @@ def load_pretrained(
             adapter is, or is one of another model.
     """
     checkpoint = open_checkpoint(path)
-    return build_model(checkpoint if adapter is None else merge_adapter(checkpoint, adapter), dtype)
+    return build_model(checkpoint if adapter is None else merge_adapter(checkpoint, adapter), dtype, device)
 
 
 def _in_folder(folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """The native inference folder: written whole or not at all, checked against the student that it came from.
 
     config.json         format version, architecture, one specification a layer, source of the weights
-    model.safetensors   every parameter by its state-dict name (the head is tied to the embedding)
+    model.safetensors   every parameter by its state-dict name (the head is tied to the embedding); of a large model
+                        several files and an index, so that it is never held twice
     tokenizer.model     SentencePiece model
     chat_template.jinja of a tuned model, where its checkpoint had one
     README.md           model card
@@ -12,25 +13,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tpa_train.checkpoints.shards import SHARD_BYTES, StoredWeights, nbytes, write_weights
 from tpa_train.errors import UserError
 from tpa_train.evaluation.metrics import compare_tokens
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import Tokenizer
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
-from tpa_train.tpa.spec import FORMAT_VERSION, LayerSpec, specs_to_dicts
+from tpa_train.tpa.spec import FORMAT_VERSION, TEXT_VERSION, LayerSpec, specs_to_dicts
 
 FORMAT = "tpa_train"
 TEMPLATE = "chat_template.jinja"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+VISION = "vision."  # prefix of the vision side's names
 LOGIT_TOLERANCE = 1e-3  # float32 computation of the same numbers
 ROUNDING_KL = 1e-2  # nats a token that storing in bfloat16 may cost
 
@@ -41,17 +42,20 @@ def export_model(
     dtype: str = "auto",
     card: str = "",
     source_path: str | None = None,
-    check_ids: Tensor | None = None,
+    check_ids: Tensor | Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes the inference folder of ``student`` and proves that it computes what the student computes.
 
     Args:
         student: the converted model.
         out: folder to make; must not exist or be empty.
-        dtype: "auto" stores every weight as it is held, "float32" or "bfloat16" cast.
+        dtype: "auto" stores every weight as it is held, "float32" or "bfloat16" cast; a vision side is never cast.
         card: text of README.md.
         source_path: checkpoint that the model was made from, for ``scripts/evaluate.py``.
-        check_ids: token ids int [1, L] for the comparison; a fixed pseudo-random text when left out.
+        check_ids: token ids int [1, L] for the comparison, or a batch as ``model.begin`` takes it; a fixed
+            pseudo-random text when left out.
+        shard_bytes: of a file; models that need more are written in several.
 
     Returns:
         The folder.
@@ -64,16 +68,23 @@ def export_model(
     if dtype not in DTYPES:
         raise UserError(f"export.dtype={dtype} is unknown; valid: {', '.join(DTYPES)}.")
     check_free(out)
-    target = DTYPES[dtype]
-    tensors = {}
-    for name, parameter in student.named_parameters():
+    parameters = dict(student.named_parameters())
+    for name, parameter in parameters.items():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"'{name}' holds NaN or infinite values; the training diverged, nothing was exported.")
-        tensors[name] = parameter.detach().to(device="cpu", dtype=target or parameter.dtype).contiguous()
+
+    def stored_as(name: str) -> torch.dtype:
+        own = parameters[name].dtype
+        return own if name.startswith(VISION) else DTYPES[dtype] or own
+
+    def read(name: str) -> Tensor:
+        return parameters[name].detach().to(device="cpu", dtype=stored_as(name)).contiguous()
+
+    sizes = {name: nbytes(parameter, stored_as(name)) for name, parameter in parameters.items()}
     adapter = getattr(student.source, "adapter", None)
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if student.config.vision is not None else TEXT_VERSION,
         "architecture": student.config.to_dict(),
         "layers": specs_to_dicts(student.specs),
         "source": {
@@ -83,14 +94,14 @@ def export_model(
     }  # fmt: skip
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        write_weights(partial, sizes, read, shard_bytes)
         if student.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(student.tokenizer.model_proto)
             if template := getattr(student.tokenizer, "chat_template", None):
                 (partial / TEMPLATE).write_text(template, encoding="utf-8")
         if card:
             (partial / "README.md").write_text(card)
-        verify_export(student, partial, exact=dtype != "bfloat16", token_ids=check_ids)
+        verify_export(student, partial, exact=dtype != "bfloat16", text=check_ids)
     return out
 
 
@@ -123,26 +134,35 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @torch.no_grad()
 def verify_export(
-    student: Gemma3ForMultimodalLMwithTPA, folder: Path, exact: bool, token_ids: Tensor | None = None
+    student: Gemma3ForMultimodalLMwithTPA,
+    folder: Path,
+    exact: bool,
+    text: Tensor | Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Loads ``folder`` and compares it with ``student``, both computing in float32.
+    """Compares what ``folder`` holds with ``student``, both computing in float32, one layer in memory at a time.
 
     Raises:
-        UserError: logits differ by more than 1e-3 (``exact``), or the KL exceeds what rounding explains.
+        UserError: logits differ by more than 1e-3 (``exact``), the KL exceeds what rounding explains, or the vision
+            side is not the student's to the bit.
     """
-    if token_ids is None:
+    if text is None:
         generator = torch.Generator().manual_seed(0)
-        token_ids = torch.randint(0, student.config.vocab_size, (1, 64), generator=generator)
-    token_ids = token_ids.cpu()
-    ours = _widened(student).hidden_states(token_ids)[0]  # one float32 copy of the model at a time
-    exported = load_export(folder, dtype=torch.float32)
-    theirs = exported.hidden_states(token_ids)[0]
-    our_head, their_head = student.head_weight.cpu(), exported.head_weight
-    worst = max(float((ours @ a.float().T - theirs @ b.T).abs().max())
+        text = torch.randint(0, student.config.vocab_size, (1, 64), generator=generator)
+    batch = {"token_ids": text} if isinstance(text, Tensor) else text
+    batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    stored, parameters = StoredWeights.of(folder), dict(student.named_parameters())
+    for name in parameters:
+        if name.startswith(VISION) and not torch.equal(parameters[name].cpu(), stored.read(name)):
+            raise UserError(f"the exported '{name}' is not the original's; nothing was exported.")
+    config, specs = read_config(folder)
+    ours = _final_hidden(student.config, student.specs, batch, lambda name: parameters[name].detach())
+    theirs = _final_hidden(config, specs, batch, stored.read)
+    our_head, their_head = student.head_weight.cpu(), stored.read("embed_tokens.weight")
+    worst = max(float((ours @ a.float().T - theirs @ b.float().T).abs().max())
                 for a, b in zip(our_head.split(32_768), their_head.split(32_768), strict=True))  # fmt: skip
     if exact and not worst <= LOGIT_TOLERANCE:
         raise UserError(f"the exported logits differ from the student's by {worst:.2g}; nothing was exported.")
-    comparisons = compare_tokens(ours, theirs, our_head, their_head, token_ids[0])
+    comparisons = compare_tokens(ours, theirs, our_head, their_head, batch["token_ids"][0])
     kl = float(torch.cat([c.kl for _, c in comparisons]).mean())
     if not kl <= ROUNDING_KL:
         raise UserError(
@@ -150,14 +170,33 @@ def verify_export(
         )
 
 
-def _widened(student: Gemma3ForMultimodalLMwithTPA) -> Gemma3ForMultimodalLMwithTPA:
-    """Returns a float32 copy of ``student`` on the CPU."""
+def _final_hidden(
+    config: Gemma3Config, specs: list[LayerSpec], batch: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> Tensor:
+    """Returns the final hidden states [L, D] of the batch's first row, in float32 on the CPU.
+
+    ``read`` gives a parameter by name; each is asked for when its layer's turn comes, and dropped after it.
+    """
     with torch.device("meta"):
-        copy = Gemma3ForMultimodalLMwithTPA(student.config, student.specs)
-    for name, parameter in student.named_parameters():
-        wide = parameter.detach().to(device="cpu", dtype=torch.float32)
-        set_parameter(copy, name, nn.Parameter(wide, requires_grad=False))
-    return copy.eval()
+        model = Gemma3ForMultimodalLMwithTPA(config, specs).eval()
+
+    def fill(prefix: str) -> nn.Module:
+        module = model.get_submodule(prefix)
+        for name in dict(module.named_parameters()):
+            tensor = read(f"{prefix}.{name}").to("cpu")
+            tensor = tensor if prefix == "vision" else tensor.float()
+            set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+        return module
+
+    fill("embed_tokens")
+    if model.vision is not None and "images" in batch:
+        fill("vision")
+    x, context = model.begin(batch)
+    model.embed_tokens, model.vision = nn.Identity(), None
+    for index in range(config.num_layers):
+        x = fill(f"layers.{index}")(x, context)
+        model.layers[index] = nn.Identity()
+    return fill("norm")(x)[0]
 
 
 def is_export(folder: Path) -> bool:
@@ -208,27 +247,18 @@ def load_export(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Gemma3ForMultimodalLMwithTPA(config, specs)
-    expected = dict(model.named_parameters())
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{folder} is incomplete: there is no model.safetensors in it.")
-    try:
-        with safe_open(weights, framework="pt", device="cpu") as file:
-            stored = set(file.keys())
-            if stored != set(expected):
-                first = sorted(stored ^ set(expected))[0]
-                raise UserError(f"{weights} does not fit config.json: '{first}' is missing or unknown.")
-            for name, parameter in expected.items():
-                tensor = file.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    raise UserError(
-                        f"{weights}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}."
-                    )
-                if not bool(torch.isfinite(tensor).all()):
-                    raise UserError(f"{weights}: '{name}' holds NaN or infinite values.")
-                set_parameter(model, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged or truncated ({error}).") from error
+    expected, weights = dict(model.named_parameters()), StoredWeights.of(folder)
+    if weights.files.keys() != expected.keys():
+        first = sorted(weights.files.keys() ^ expected.keys())[0]
+        raise UserError(f"{folder}'s weights do not fit config.json: '{first}' is missing or unknown.")
+    for name, parameter in expected.items():
+        tensor, where = weights.read(name), weights.files[name]
+        if tensor.shape != parameter.shape:
+            raise UserError(f"{where}: '{name}' has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: '{name}' holds NaN or infinite values.")
+        own = tensor.dtype if name.startswith(VISION) else dtype
+        set_parameter(model, name, nn.Parameter(tensor.to(device, own), requires_grad=False))
     if (folder / "tokenizer.model").is_file():
         template = folder / TEMPLATE
         model.tokenizer = Tokenizer.from_file(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tpa_train.checkpoints.vision import PROJECTION, gemma_pytorch_name, infer_vision
 from tpa_train.checkpoints.weights import Checkpoint, Source, Weight, vocabulary_rows
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES, Gemma3Config
@@ -24,8 +25,8 @@ from tpa_train.gemma3.tokenizer import Tokenizer
 _EMBEDDINGS = ("text_token_embedder.weight", "embedder.weight")
 _RENAMED = {"self_attn.query_norm": "self_attn.q_norm", "self_attn.key_norm": "self_attn.k_norm"}
 _FUSED = "self_attn.qkv_proj"
-_VISION = ("siglip_vision_model.", "mm_soft_embedding_norm.", "mm_input_projection.")
-_BUFFERS = ("local_freqs_cis", "global_freqs_cis", "freqs_cis")  # RoPE tables, computed anew
+# RoPE tables and position numbers, computed anew
+_BUFFERS = ("local_freqs_cis", "global_freqs_cis", "freqs_cis", "siglip_vision_model.position_ids")
 _SCALER = ".weight_scaler"  # int8 files: one scale per output row
 
 
@@ -39,16 +40,15 @@ def open_gemma_pytorch(path: Path) -> Checkpoint:
     state = _load(path)
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     stored = {name: t for name, t in tensors.items() if not name.endswith(_SCALER) and name not in _BUFFERS}
-    skipped = tuple(name for name in stored if name.startswith(_VISION))
     embedding_name = next((name for name in _EMBEDDINGS if name in stored), None)
     if embedding_name is None:
         raise UserError(f"{path} has neither of {' and '.join(_EMBEDDINGS)}: it is not a gemma_pytorch checkpoint.")
     config = infer_config(path, stored, embedding_name)
+    if any(gemma_pytorch_name(name) for name in stored):
+        config = dataclasses.replace(config, vision=infer_vision(path, stored))
 
     weights, unknown, quantized = {}, [], False
     for name, tensor in stored.items():
-        if name in skipped:
-            continue
         scale = tensors.get(name.removesuffix(".weight") + _SCALER)
         if not tensor.is_floating_point() and scale is None:
             raise UserError(f"{path}: weight {name} is stored as {tensor.dtype} without a weight_scaler.")
@@ -60,7 +60,7 @@ def open_gemma_pytorch(path: Path) -> Checkpoint:
     detail = "int8 (dequantized)" if quantized else str(stored[embedding_name].dtype).removeprefix("torch.")
     tokenizer = path.parent / "tokenizer.model"
     return Checkpoint(
-        source=Source(path, "gemma_pytorch", f"gemma_pytorch checkpoint, {detail}", quantized, skipped),
+        source=Source(path, "gemma_pytorch", f"gemma_pytorch checkpoint, {detail}", quantized),
         config=config,
         weights=weights,
         tokenizer=Tokenizer.from_file(tokenizer) if tokenizer.exists() else None,
@@ -117,6 +117,10 @@ def _place(
     """Returns our name(s) for one stored tensor: three for the fused projection, none if it has no place."""
     if name == embedding_name:
         return {"embed_tokens.weight": _weight(name, tensor, scale).rows(config.vocab_size)}
+    vision = gemma_pytorch_name(name)
+    if vision is not None:
+        weight = _weight(name, tensor, scale)
+        return {vision: weight.transposed() if vision == PROJECTION else weight}
     if not name.startswith("model.") or not name.endswith(".weight"):
         return {}
     part = name.removeprefix("model.").removesuffix(".weight")
@@ -139,9 +143,9 @@ def _place(
 
 
 def _weight(name: str, tensor: Tensor, scale: Tensor | None) -> Weight:
-    def read(dtype: torch.dtype) -> Tensor:
+    def read(dtype: torch.dtype | None) -> Tensor:
         if scale is None:
-            return tensor.to(dtype, copy=True)
-        return (tensor.to(torch.float32) * scale.to(torch.float32)[:, None]).to(dtype)
+            return tensor.clone() if dtype is None else tensor.to(dtype, copy=True)
+        return (tensor.to(torch.float32) * scale.to(torch.float32)[:, None]).to(dtype or torch.float32)
 
     return Weight(tuple(tensor.shape), read, name)

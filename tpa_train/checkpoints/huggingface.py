@@ -1,12 +1,12 @@
 """Hugging Face folders: ``config.json`` beside ``model.safetensors``, whole or sharded, text-only or multimodal.
 
 Understands what transformers 4.50 to 5.x write: ``rope_theta``/``rope_scaling`` or ``rope_parameters``,
-``sliding_window_pattern`` or ``layer_types``, and the three places where the text weights have lived.
+``sliding_window_pattern`` or ``layer_types``, and the places where text and vision weights have lived.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tpa_train.checkpoints.files import read_json
+from tpa_train.checkpoints.vision import read_vision, vision_name
 from tpa_train.checkpoints.weights import Checkpoint, Source, Weight, naming, vocabulary_rows
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import Gemma3Config
@@ -21,7 +23,6 @@ from tpa_train.gemma3.tokenizer import Tokenizer
 
 # Longest first: "model." is a prefix of "model.language_model.".
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
-_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
 _MODEL_TYPES = ("gemma3_text", "gemma3")
 
@@ -48,16 +49,18 @@ def open_huggingface(folder: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing, damaged or of another model family, or an option is set that Gemma 3 lacks.
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     text = _text_config(folder, raw)
     stored = _stored_tensors(folder)
     weights, skipped, unknown, heads = {}, [], [], []
     for stored_as, weight in stored.items():
-        name = text_name(stored_as)
-        if name is None:
+        name, vision = text_name(stored_as), vision_name(stored_as)
+        if vision is not None and not vision.startswith("vision.vision_tower.head."):
+            weights[vision] = weight
+        elif name is None:
             unknown.append(stored_as)
         elif name == "":
-            skipped.append(stored_as)
+            skipped.append(stored_as)  # SigLIP's pooling, which Gemma 3 does without
         elif name == "lm_head.weight":
             heads.append(weight)
         else:
@@ -71,7 +74,9 @@ def open_huggingface(folder: Path) -> Checkpoint:
     weights["embed_tokens.weight"] = embedding.rows(vocabulary)
     with naming(folder / "config.json"):
         config = read_config(folder / "config.json", text, vocabulary)
-    multimodal = " (text part of a multimodal checkpoint)" if skipped else ""
+        if any(name.startswith("vision.") for name in weights):
+            config = dataclasses.replace(config, vision=read_vision(folder, raw))
+    multimodal = ", multimodal" if config.vision is not None else ""
     return Checkpoint(
         source=Source(folder, "huggingface", f"Hugging Face safetensors{multimodal}", False, tuple(skipped)),
         config=config,
@@ -83,7 +88,7 @@ def open_huggingface(folder: Path) -> Checkpoint:
 
 def text_name(stored: str) -> str | None:
     """Returns our name of a tensor, "lm_head.weight" for the head, "" in the vision part, None if it has no place."""
-    if stored.startswith(_VISION):
+    if vision_name(stored) is not None:
         return ""
     head = next((head for head in _HEADS if stored.startswith(head.removesuffix("weight"))), None)
     if head is not None:
@@ -179,7 +184,7 @@ def _stored_tensors(folder: Path) -> dict[str, Weight]:
     if (folder / "model.safetensors").exists():
         files = [folder / "model.safetensors"]
     elif index.exists():
-        files = sorted({folder / Path(name).name for name in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
     else:
         hint = " (only a LoRA adapter: name it as model.adapter)" * (folder / "adapter_config.json").exists()
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json{hint}.")
@@ -197,14 +202,14 @@ def _stored_tensors(folder: Path) -> dict[str, Weight]:
 
 
 def _weight(path: Path, name: str, shape: tuple[int, ...]) -> Weight:
-    def read(dtype: torch.dtype) -> Tensor:
+    def read(dtype: torch.dtype | None) -> Tensor:
         # Opened anew for each tensor: the file is mapped into memory, and what a mapping has touched counts as this
         # process's memory until it is closed. The copy also frees the model from later changes of the file.
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: weight {name} is stored as {tensor.dtype}, not as floating-point numbers.")
-            return tensor.to(dtype, copy=True)
+            return tensor.clone() if dtype is None else tensor.to(dtype, copy=True)
 
     return Weight(shape, read, name)
 
@@ -235,22 +240,10 @@ def read_chat_template(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}.") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        template = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
         if isinstance(template, list):
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default")
         if isinstance(template, str):
             return template
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value

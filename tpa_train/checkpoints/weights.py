@@ -36,7 +36,7 @@ class Source:
     weights_quantized: bool
     """The weights were read from a quantized file: they are not the ones that were trained."""
     skipped: tuple[str, ...] = ()
-    """Names of weights in the file that the text model does not use (the vision tower)."""
+    """Names of weights in the file that the model does not use (SigLIP's pooling head)."""
     adapter: Path | None = None
     """Folder of the LoRA adapter that was merged into the weights."""
 
@@ -46,8 +46,8 @@ class Weight:
     """One tensor that has not been read yet."""
 
     shape: tuple[int, ...]
-    read: Callable[[torch.dtype], Tensor]
-    """Returns the tensor in the given dtype, in fresh memory (never a view of the file)."""
+    read: Callable[[torch.dtype | None], Tensor]
+    """Returns the tensor in the given dtype (None: as it is stored), in fresh memory (never a view of the file)."""
     stored_as: str
     """Its name in the file, for error messages."""
 
@@ -56,6 +56,11 @@ class Weight:
         if count == self.shape[0]:
             return self
         return Weight((count, *self.shape[1:]), lambda dtype: self.read(dtype)[:count].clone(), self.stored_as)
+
+
+    def transposed(self) -> Weight:
+        """Returns the weight [b, a] of this one, [a, b]."""
+        return Weight(self.shape[::-1], lambda dtype: self.read(dtype).T.contiguous(), self.stored_as)
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,12 @@ def parameter_shapes(config: Gemma3Config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Gemma3ForCausalLM(config).state_dict().items()}
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Gemma3ForCausalLM:
-    """Builds the model and fills it tensor by tensor, so that memory holds the weights once.
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Gemma3ForCausalLM:
+    """Builds the model and fills it tensor by tensor, so that memory holds the weights once, and only on ``device``.
+
+    The vision side keeps the type that it is stored in: it is never trained, and an export holds its very bytes.
 
     Raises:
         UserError: weights are missing, unknown, of a wrong shape, or not finite; the tokenizer has more pieces than
@@ -121,11 +130,12 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Gemma3ForCausalLM
     state = {}
     for name in expected:
         weight = checkpoint.weights[name]
-        tensor = state[name] = weight.read(dtype)
-        assert tuple(tensor.shape) == weight.shape and tensor.dtype == dtype, name
+        tensor = weight.read(None if name.startswith("vision.") else dtype)
+        assert tuple(tensor.shape) == weight.shape, name
         # aminmax needs no temporary of the tensor's size, and NaN and ±Inf both show in it.
         if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             raise UserError(f"{where}: weight {weight.stored_as} holds NaN or Inf{_overflow_hint(dtype)}.")
+        state[name] = tensor.to(device)
     with torch.device("meta"):
         model = Gemma3ForCausalLM(checkpoint.config)
     model.load_state_dict(state, assign=True)
@@ -141,7 +151,7 @@ def _check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
         raise UserError(f"{where}: weight {_first(missing)} missing from the file.")
     unknown = [*checkpoint.unknown, *(checkpoint.weights[n].stored_as for n in checkpoint.weights if n not in expected)]
     if unknown:
-        raise UserError(f"{where}: weight {_first(unknown)} not part of a Gemma 3 text model with this configuration.")
+        raise UserError(f"{where}: weight {_first(unknown)} not part of a Gemma 3 model with this configuration.")
 
 
 def _first(names: list[str]) -> str:

@@ -26,6 +26,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from tpa_train.data.copies import CopyRows
 from tpa_train.data.packed import texts_twice, tokens_without_bos
 from tpa_train.data.packing import PackedDataset, PackedStream, TokenizerLike, pack
+from tpa_train.data.rows import collate_rows
 from tpa_train.data.settings import DataSettings
 from tpa_train.errors import UserError, nearest
 
@@ -156,6 +157,11 @@ class PackedDataModule(lightning.LightningDataModule):
             self._train = PackedDataset(stream, self.context, self.settings.join_documents)
 
     @property
+    def fingerprint(self) -> str:
+        """Of everything that decided the text and its order."""
+        return PackedStream(self.folder).manifest.fingerprint
+
+    @property
     def train_dataset(self) -> PackedDataset:
         """All training rows, whatever the stage."""
         self.setup()
@@ -221,6 +227,7 @@ class PackedDataModule(lightning.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.settings.num_workers,
+            collate_fn=collate_rows,
             pin_memory=torch.cuda.is_available(),
             drop_last=shuffle,
         )
@@ -253,7 +260,7 @@ class PackedDataModule(lightning.LightningDataModule):
         """What decides the order of rows; Lightning stores it in every checkpoint."""
         copies = {"copy_share": self.settings.copy_share} if self.settings.copy_share else {}
         return copies | {
-            "data": PackedStream(self.folder).manifest.fingerprint,
+            "data": self.fingerprint,
             "context": self.context,
             "seed": self.settings.seed,
             "stage": self.stage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("python_docs", "text", "hub", "chat")
+KINDS = ("python_docs", "text", "hub", "chat", "image_text")
 TRAIN_ON = ("completions", "all")
 
 
@@ -17,17 +17,24 @@ class DataSettings:
     """
 
     # python_docs: manuals, docstrings and sources of the running Python (no download); text: local files;
-    # hub: Hugging Face; chat: conversations, from files or the hub, in the checkpoint's chat template
+    # hub: Hugging Face; chat: conversations, from files or the hub, in the checkpoint's chat template; image_text:
+    # images with text, for multimodal models
     kind: str = "python_docs"
     # text: a file, folder, glob or a list of them (.txt .md .jsonl .parquet, the first three also .gz or .xz),
     # or data packed earlier: its folder, or the single .npz file of a compact export; chat: the same with .jsonl, .json
-    # or .parquet files
+    # or .parquet files; image_text: a .jsonl file whose lines name an image's file (or a list of them), from the
+    # .jsonl's folder, and its text
     path: Any = None
     # jsonl, parquet and hub: the field that holds a document's text
     text_key: str = "text"
     # text: plain .txt and .md files are cut into documents of about this many characters, at paragraph ends
     split_chars: int = 100_000
-    # hub and chat: data set name, such as HuggingFaceFW/fineweb-edu
+    # image_text: the field that holds the image or images; they stand where the text says <start_of_image>, or else
+    # before it
+    image_key: str = "image"
+    # image_text: show images that are much longer than high (or the other way round) in crops as well
+    pan_and_scan: bool = False
+    # hub and chat, and image_text without a path: data set name, such as HuggingFaceFW/fineweb-edu
     name: str | None = None
     # hub: configuration (subset) of the data set, where it has several
     subset: str | None = None

@@ -64,8 +64,10 @@ def make_source(settings: DataSettings, tokenizer: Tokenizer | None = None) -> S
         UserError: ``data.kind`` is unknown, or an option that it needs is missing, or one is given that it ignores.
     """
     for option, kind in (("path", "text"), ("name", "hub")):
-        if settings.kind in KINDS and settings.kind not in (kind, "chat") and getattr(settings, option):
+        if settings.kind in KINDS and settings.kind not in (kind, "chat", "image_text") and getattr(settings, option):
             raise UserError(f"data.{option} is only read with data.kind={kind}; set that, or remove data.{option}.")
+    if settings.kind == "image_text":
+        raise UserError("data.kind=image_text is images with text, which only scripts/train.py reads; use text here.")
     if settings.kind == "python_docs":
         return PythonDocs(settings.seed)
     if settings.kind == "text":
@@ -201,7 +203,7 @@ class TextFiles(Source):
                     yield from self._plain(file, data)
                 continue
             for where, row in self.local.records(file, [self.text_key]):
-                if document := _field(row, self.text_key, where):
+                if document := field_of(row, self.text_key, where):
                     yield document
 
     def _plain(self, file: Path, data: BinaryIO) -> Iterator[str]:
@@ -237,7 +239,7 @@ def _paragraph_end(text: str, target: int) -> int:
     return target
 
 
-def _field(row: dict, key: str, where: str) -> str:
+def field_of(row: dict, key: str, where: str) -> str:
     """Returns the text in ``row[key]``, empty for null.
 
     Raises:
@@ -264,7 +266,7 @@ class Hub(Source):
 
     def __iter__(self) -> Iterator[str]:
         for where, row in self.rows:
-            if document := _field(row, self.text_key, f"{where},"):
+            if document := field_of(row, self.text_key, f"{where},"):
                 yield document
 
 

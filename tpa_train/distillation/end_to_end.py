@@ -10,7 +10,7 @@ from torch import Tensor
 from tpa_train.distillation.averaging import WeightAverage
 from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.losses import linear_divergence, normalised_error
-from tpa_train.distillation.modules import OptimizerSettings, RecoveryModule, TrainScope, documents_of
+from tpa_train.distillation.modules import OptimizerSettings, RecoveryModule, TrainScope
 from tpa_train.distillation.teacher_cache import TeacherCache
 from tpa_train.distillation.topk_loss import topk_kl
 from tpa_train.gemma3.attention import AttentionContext
@@ -138,8 +138,7 @@ class EndToEndModule(RecoveryModule):
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         ids = batch["token_ids"]
         with torch.no_grad():
-            context = self.teacher.context(ids, documents_of(batch))
-            x = self.teacher.embed(ids)
+            x, context = self.teacher.begin(batch)
             if self.cache is None:
                 shared, streams, h_teacher = self.teacher_pass(x, context)
             else:
@@ -149,13 +148,21 @@ class EndToEndModule(RecoveryModule):
         # Another residue each step, so that all positions get their turn.
         pick = slice(self.global_step % every, None, every)
         h_student, mask = h_student[:, pick].flatten(0, 1), batch.get("loss_mask")
+        if context.images is not None:
+            # Nobody reads what a model says at an image token: there the hidden states are matched, not the outputs.
+            mask = context.images.text if mask is None else mask * context.images.text
         weights = None if mask is None else mask[:, pick].flatten()
         if self.cache is None:
             stored = {"hidden": h_teacher[:, pick].flatten(0, 1)}
         else:
             stored = {name: tensor.flatten(0, 1) for name, tensor in self.cache.read(batch["row"], pick).items()}
         if "hidden" in stored:
-            labels = next_tokens(batch)[:, pick].flatten() if self.divergence.ce_weight > 0 else None
+            labels = None
+            if self.divergence.ce_weight > 0:
+                labels = next_tokens(batch)
+                if context.images is not None:  # what an image token is followed by is no word of the vocabulary
+                    labels = labels.masked_fill(labels == self.teacher.config.vision.image_token_id, -1)
+                labels = labels[:, pick].flatten()
             loss = self.output_loss(h_student, stored["hidden"], weights, labels)
         else:
             loss = topk_kl(h_student, self.student.head_weight, **stored, weights=weights)[0]

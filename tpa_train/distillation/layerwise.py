@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpa_train.distillation.losses import normalised_error
-from tpa_train.distillation.modules import OptimizerSettings, RecoveryModule, documents_of
+from tpa_train.distillation.modules import OptimizerSettings, RecoveryModule
 from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of
@@ -60,15 +60,15 @@ def layer_errors(
     the post-attention norm, lowered the error in every layer of the 270M and raised the KL.
 
     Args:
-        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L].
+        batch: ``token_ids`` and, if documents are packed, ``document_ids``, int [B, L]; ``images`` (``model.begin``).
         trace, measure: the two passes, where a caller has compiled them.
     """
     ids, layers, metrics = batch["token_ids"], student.converted_layers, student.output_metrics
     for index, root in metrics.items():
         metrics[index] = root.to(ids.device)
     with torch.no_grad():
-        context = teacher.context(ids, documents_of(batch))
-        traces = trace(teacher, layers, teacher.embed(ids), context)
+        x, context = teacher.begin(batch)
+        traces = trace(teacher, layers, x, context)
     errors = measure(student, traces, [metrics.get(index) for index in layers], context)
     return dict(zip(layers, errors, strict=True))
 

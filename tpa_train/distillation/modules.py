@@ -20,7 +20,7 @@ from tpa_train.distributed.processes import sum_over_processes, world_size
 from tpa_train.distributed.progress import adapt_progress
 from tpa_train.distributed.sharding import shard, whole
 from tpa_train.errors import UserError, nearest
-from tpa_train.gemma3.attention import Documents, document_offsets
+from tpa_train.gemma3.attention import document_offsets
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -53,7 +53,7 @@ def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) ->
 
     ``factors``: those that conversion introduced; ``attention``: the converted layers' attention; ``above``: every
     layer from the first converted one up (the others' forward is then shared with the teacher); ``all``: everything
-    but the embedding.
+    but the embedding and the vision side.
 
     Raises:
         UserError: the scope is unknown.
@@ -73,7 +73,7 @@ def trainable_names(student: Gemma3ForMultimodalLMwithTPA, scope: TrainScope) ->
             return layer in converted and ".self_attn." in name
         if scope == "above":
             return name == "norm.weight" or (layer is not None and layer >= min(converted))
-        return scope == "all" and name != "embed_tokens.weight"
+        return scope == "all" and name != "embed_tokens.weight" and not name.startswith("vision.")
 
     return [name for name, _ in student.named_parameters() if learns(name)]
 
@@ -249,9 +249,3 @@ class RecoveryModule(L.LightningModule):
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
         raise NotImplementedError
-
-
-def documents_of(batch: dict[str, Tensor]) -> Documents | None:
-    """Returns the documents of a batch's rows; None where each row is one text."""
-    ids = batch.get("document_ids")
-    return None if ids is None else Documents(ids, batch.get("cu_seqlens"))

@@ -42,6 +42,7 @@ class Report:
     samples: Sequence[Mapping[str, str]] = ()  # suites.greedy_samples
     layer_errors: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {"layers", "before", "after"?}
     losses: Mapping[str, plots.Curve | str | Path] = field(default_factory=dict)  # stage -> curve or metrics.csv
+    multimodal: bool = False  # the model has a vision side
     extra: Mapping[str, Any] = field(default_factory=dict)  # more keys for report.json (tokens/s, peak memory, …)
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class Report:
         source = getattr(teacher, "source", None)
         fields.setdefault("source", getattr(source, "description", "") or "")
         fields.setdefault("weights_quantized", bool(getattr(source, "weights_quantized", False)))
+        fields.setdefault("multimodal", getattr(getattr(teacher, "config", None), "vision", None) is not None)
         adapter = getattr(source, "adapter", None)
         fields.setdefault("adapter", adapter.name if adapter is not None else "")
         return cls(**fields)
@@ -160,6 +162,8 @@ def render_markdown(report: Report, pictures: Mapping[str, str] | None = None) -
         )
     if report.stages:
         parts += ["## Teacher beside student", stage_table(report.stages), _evaluation_line(report)]
+    if any(stage.image_tokens for stage in report.stages):
+        parts += ["### At image tokens", image_table(report.stages), IMAGE_TOKENS_NOTE]
     if last is not None and last.name != "teacher":
         parts += ["## What was lost", "\n".join(f"- {line}" for line in what_was_lost(report.stages))]
     if report.layers:
@@ -191,6 +195,22 @@ def stage_table(stages: Sequence[StageResult]) -> str:
             ]
         )  # fmt: skip
     return table(head, rows)
+
+
+IMAGE_TOKENS_NOTE = (
+    "The figures above are of text, images in its view included; these compare the models' distributions at the image "
+    "tokens themselves, where nothing is predicted."
+)
+
+
+def image_table(stages: Sequence[StageResult]) -> str:
+    """Returns the Markdown table of what was measured at image tokens."""
+    rows = [
+        [f"**{s.name}**", f"{images['kl']:.4f}", _percent(images["top1"]), _count(images["tokens"])]
+        for s in stages
+        if (images := s.image_tokens)
+    ]
+    return table(["", "KL", "top-1", "image tokens"], rows)
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -290,7 +310,8 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         base_model: Hugging Face id of the original, if known, for the front matter.
         license_name: of the weights.
     """
-    front = ["---", f"license: {license_name}", "pipeline_tag: text-generation", "library_name: tpa-train"]
+    task = "image-text-to-text" if report.multimodal else "text-generation"
+    front = ["---", f"license: {license_name}", f"pipeline_tag: {task}", "library_name: tpa-train"]
     front += [f"base_model: {base_model}"] if base_model else []
     front += ["tags:", "- gemma3", "- tensor-product-attention", "- kv-cache-compression", "---"]
     cache = report.cache
@@ -308,12 +329,15 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         "from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA\n\n"
         'model = Gemma3ForMultimodalLMwithTPA.from_pretrained("path/to/this/folder")\n'
         'print(model.generate("The capital of France is", max_tokens=32)[0])\n'
+        + 'print(model.generate("What is this? ", max_tokens=32, images="photo.jpg")[0])\n' * report.multimodal +
         "```",
         'or `python scripts/generate.py model=path/to/this/folder prompt="…"`. Other libraries cannot load this '
         "folder: its attention is not theirs.",
     ]
     if report.stages:
         parts += ["## Figures", stage_table(report.stages), _evaluation_line(report)]
+        if any(stage.image_tokens for stage in report.stages):
+            parts += ["At image tokens:", image_table(report.stages)]
         if report.stages[-1].name != "teacher":
             parts.append("\n".join(f"- {line}" for line in what_was_lost(report.stages)))
     limits = []

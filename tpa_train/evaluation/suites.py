@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tpa_train.data.rows import collate_rows
 from tpa_train.distributed.processes import rank, world_size
 from tpa_train.errors import UserError
 from tpa_train.evaluation.metrics import (
@@ -37,6 +38,9 @@ class StageResult:
 
     ``tokens`` and ``seconds`` are what the *stage* cost (training or calibration; 0 for the teacher), as given by the
     caller; ``evaluated_tokens`` and ``evaluation_seconds`` what measuring cost.
+
+    All figures are of text; ``image_tokens`` has ``tokens``, ``kl`` and ``top1`` of the distributions at image tokens,
+    where the rows have images. Nothing is predicted there; they show how well images get through.
     """
 
     name: str
@@ -51,6 +55,7 @@ class StageResult:
     evaluated_tokens: int = 0
     evaluation_seconds: float = 0.0
     head_dtype: str = "float32"
+    image_tokens: dict[str, float] = field(default_factory=dict)
     masked: bool = False  # only positions that the rows' loss masks count were scored: the model's turns
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,8 +85,9 @@ class Evaluator:
 
     Args:
         teacher: the original model.
-        rows: held-out rows ``{"token_ids": [L], "document_ids": [L]}``, or int tensor [rows, L] of single documents.
-            Rows with a ``"loss_mask"`` [L] are scored where it is True.
+        rows: held-out rows ``{"token_ids": [L], "document_ids": [L]}``, and ``"images"`` [n, 3, S, S] for multimodal
+            models, or int tensor [rows, L] of single documents. Rows with a ``"loss_mask"`` [L] are scored where it is
+            True.
         copy_texts: C -> int [count, 1 + 2C]: BOS, a text, the same text again.
         batch_size: rows a forward pass (copy texts go one by one, they are long).
         head_dtype: of the vocabulary matmul's inputs (``metrics.score_tokens``). Scores are at least float32 unless
@@ -116,7 +122,12 @@ class Evaluator:
                 raise UserError(f"copy text {distance} must be one token, a text, and the same text again.")
         self.head_dtype, self.autocast = head_dtype, autocast
         self.max_copy_tokens, self.progress = max_copy_tokens, progress
-        self.context = max(self._row(index)[0].shape[0] for index in range(len(rows)))
+        first = [self._row(index) for index in range(len(rows))]
+        self.context = max(row["token_ids"].shape[0] for row in first)
+        vision = getattr(getattr(teacher, "config", None), "vision", None)
+        self.image_token = None
+        if vision is not None and any(bool((row["token_ids"] == vision.image_token_id).any()) for row in first):
+            self.image_token = vision.image_token_id
         self._teacher_hidden: dict[int, Tensor] = {}  # by first row of the batch, [B, L, D] on the host
 
     def evaluate(self, student: Any | None, name: str, tokens: int = 0, seconds: float = 0.0) -> StageResult:
@@ -137,17 +148,18 @@ class Evaluator:
         start = time.perf_counter()
         model = self.teacher if student is None else student
         models = [self.teacher] if student is None else [self.teacher, student]
-        quality = QualityMetric(self.context).to(_device(model))
+        quality, images = (QualityMetric(self.context).to(_device(model)) for _ in range(2))
         copying = {distance: AccuracyMetric().to(_device(model)) for distance in self.copy_texts}
         with _evaluating(models), torch.no_grad(), self._bar(name) as bar:
-            for first, token_ids, document_ids, loss_mask, real in self._batches():
-                self._score_rows(quality, student, first, token_ids, document_ids, loss_mask, real)
-                bar.update(token_ids.numel())
+            for first, batch, real in self._batches():
+                self._score_rows(quality, images, student, first, batch, real)
+                bar.update(batch["token_ids"].numel())
             for distance, texts in self.copy_texts.items():
                 for text, real in _shard([text[None] for text in texts]):
                     self._score_copy(copying[distance], model, text, real)
                     bar.update(text.numel())
         measured = quality.compute()
+        at_images = images.compute() if self.image_token is not None else {}
         return StageResult(
             name=name,
             tokens=tokens,
@@ -161,46 +173,53 @@ class Evaluator:
             evaluated_tokens=measured["tokens"],
             evaluation_seconds=time.perf_counter() - start,
             head_dtype=str(self.head_dtype).removeprefix("torch."),
-            masked=self._row(0)[2] is not None,
+            image_tokens={key: at_images[key] for key in ("tokens", "kl", "top1") if at_images},
+            masked="loss_mask" in self._row(0),
         )
 
     def _score_rows(
         self,
         quality: QualityMetric,
+        images: QualityMetric,
         student: Any,
         first: int,
-        token_ids: Tensor,
-        document_ids: Tensor,
-        loss_mask: Tensor | None,
+        batch: Mapping[str, Tensor],
         real: bool,
     ) -> None:
-        """Adds rows [B, L] to the metric; rows that are there to keep processes in step are run, not counted."""
+        """Adds rows [B, L] to the metrics; rows that are there to keep processes in step are run, not counted."""
         device = _device(self.teacher if student is None else student)
         # The teacher may live elsewhere: its hidden states are fetched, not its activations.
-        teacher_hidden = self._hidden_of_teacher(first, token_ids, document_ids).to(device)
-        token_ids, document_ids = token_ids.to(device), document_ids.to(device)
-        student_hidden = teacher_hidden if student is None else self._run(student, token_ids, document_ids)
+        teacher_hidden = self._hidden_of_teacher(first, batch).to(device)
+        student_hidden = teacher_hidden if student is None else self._run(student, batch)
         if not real:
             return
-        scored, seen = next_token_mask(token_ids, document_ids, None if loss_mask is None else loss_mask.to(device))
+        batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "images"}
+        token_ids = batch["token_ids"]
+        scored, seen = next_token_mask(token_ids, batch["document_ids"], batch.get("loss_mask"))
+        targets = token_ids[:, 1:]
+        counted = [(quality, scored)]
+        if self.image_token is not None:
+            here, next_ = token_ids[:, :-1] == self.image_token, targets == self.image_token
+            counted = [(quality, scored & ~here & ~next_), (images, scored & here)]
+            targets = targets.masked_fill(next_, 0)  # it may lie beyond the vocabulary; no figure uses it
         teacher_head = self.teacher.head_weight.to(device)
-        comparisons = compare_tokens(
-            teacher_hidden[:, :-1][scored],
-            student_hidden[:, :-1][scored],
-            teacher_head,
-            teacher_head if student is None else student.head_weight,
-            token_ids[:, 1:][scored],
-            self.head_dtype,
-        )
-        seen = seen[scored]
-        for part, comparison in comparisons:
-            quality.update(comparison, seen[part])
+        for metric, places in counted:
+            comparisons = compare_tokens(
+                teacher_hidden[:, :-1][places],
+                student_hidden[:, :-1][places],
+                teacher_head,
+                teacher_head if student is None else student.head_weight,
+                targets[places],
+                self.head_dtype,
+            )
+            for part, comparison in comparisons:
+                metric.update(comparison, seen[places][part])
 
     def _score_copy(self, metric: AccuracyMetric, model: Any, text: Tensor, real: bool) -> None:
         """Adds one copy text [1, 1 + 2C]: is each token of the second copy the model's first choice?"""
         text = text.to(_device(model))
         copied = text.shape[1] // 2
-        hidden = self._run(model, text, None)
+        hidden = self._run(model, {"token_ids": text})
         if not real:
             return
         positions = torch.arange(copied, 2 * copied, device=text.device)  # each predicts the token after it
@@ -212,35 +231,31 @@ class Evaluator:
         _, best = score_tokens(hidden[0, positions], model.head_weight, targets, self.head_dtype)
         metric.update(best == targets)
 
-    def _hidden_of_teacher(self, first: int, token_ids: Tensor, document_ids: Tensor) -> Tensor:
+    def _hidden_of_teacher(self, first: int, batch: Mapping[str, Tensor]) -> Tensor:
         if first not in self._teacher_hidden:
-            device = _device(self.teacher)
-            hidden = self._run(self.teacher, token_ids.to(device), document_ids.to(device))
-            self._teacher_hidden[first] = hidden.cpu()
+            self._teacher_hidden[first] = self._run(self.teacher, batch).cpu()
         return self._teacher_hidden[first]
 
-    def _run(self, model: Any, token_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+    def _run(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        device = _device(model)
+        names = [name for name in ("token_ids", "document_ids", "images") if name in batch]
         with self.autocast():
-            return model.hidden_states(token_ids, document_ids)
+            return model.hidden_states(**{name: batch[name].to(device) for name in names})
 
-    def _row(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns token ids, document ids and, if it has one, the loss mask of one row, each [L]."""
+    def _row(self, index: int) -> Mapping[str, Tensor]:
+        """Returns one row, of token and document ids [L] at the least."""
         row = self.rows[index]
-        if isinstance(row, Tensor):
-            return row, torch.zeros_like(row), None
-        return row["token_ids"], row["document_ids"], row.get("loss_mask")
+        return {"token_ids": row, "document_ids": torch.zeros_like(row)} if isinstance(row, Tensor) else row
 
-    def _batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None, bool]]:
-        """Yields (number of the first row, token_ids, document_ids, loss_mask, each [B, L], count it) for this process.
+    def _batches(self) -> Iterator[tuple[int, dict[str, Tensor], bool]]:
+        """Yields (number of the first row, batch of rows [B, L], count it) for this process.
 
         Either all rows have a loss mask or none has one, since they are cut from one stream.
         """
         starts = range(0, len(self.rows), self.batch_size)
         for first, real in _shard(starts):
-            batch = [self._row(i) for i in range(first, min(first + self.batch_size, len(self.rows)))]
-            ids, documents, masks = zip(*batch, strict=True)
-            mask = None if masks[0] is None else torch.stack(masks)
-            yield first, torch.stack(ids), torch.stack(documents), mask, real
+            rows = [self._row(i) for i in range(first, min(first + self.batch_size, len(self.rows)))]
+            yield first, collate_rows(rows), real
 
     def _bar(self, name: str) -> tqdm:
         total = len(self.rows) * self.context + sum(texts.numel() for texts in self.copy_texts.values())

@@ -143,7 +143,7 @@ def squared_attention_received(
         k, v = attention.write(x, rotary)
     with torch.enable_grad():
         probe = torch.zeros_like(v).requires_grad_()
-        out = attend(q, k, probe, attention.config.scale, attention.window, context.documents)
+        out = attend(q, k, probe, attention.config.scale, attention.window, context.documents, context.images)
         signs = _signs(out.shape, generator)
         (gradient,) = torch.autograd.grad(out, probe, (2 * signs - 1).to(out.dtype))
     return gradient.to(accumulation_dtype(gradient.dtype)).square().mean(-1)
@@ -289,6 +289,8 @@ class CalibrationModule(L.LightningModule):
         seed: of the sampled labels and random signs.
         score_every: a label is sampled at every so-many-th position.
 
+    Image tokens count with their keys and values; their own outputs, which nobody reads, do not.
+
     After the pass ``result`` holds the ``Calibration``, summed over all processes. Each process reads all batches and
     works on every n-th one; from the others it takes the random numbers, so that what it draws for its own batches is
     what a single process draws for them.
@@ -316,8 +318,8 @@ class CalibrationModule(L.LightningModule):
             return
         kept = self._kept()
         with torch.no_grad():
-            context = self.model.context(ids, batch.get("document_ids"))
-            x = self.model.run_layers(self.model.embed(ids), context, stop=self.layers[0])
+            x, context = self.model.begin(batch)
+            x = self.model.run_layers(x, context, stop=self.layers[0])
         with probes(self.model.layers, self.layers) as records, torch.enable_grad():
             x = self.model.run_layers(x.requires_grad_(), context, start=self.layers[0])
             # Every so-many-th position's label, weighted up: the head costs more than the layers of a small model.
@@ -325,6 +327,8 @@ class CalibrationModule(L.LightningModule):
             hidden = self.model.norm(x)[:, every - 1 :: every].flatten(0, 1)
             with torch.autocast(self.device.type, enabled=False):
                 score = sampled_score(hidden.detach(), self.model.head_weight, self._generator) * every**0.5
+            if context.images is not None:
+                score = score * context.images.text[:, every - 1 :: every].flatten()[:, None]
             zeros = [p for i in self.layers for p in (records[i].key_probe, records[i].output_probe)]
             gradients = torch.autograd.grad(hidden, zeros, score)
         for index, keys, output in zip(self.layers, gradients[::2], gradients[1::2], strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tpa_train.distillation.losses import chunk_tokens, head_logits, linear_kl
 from tpa_train.distributed.processes import is_first, merged, share
 from tpa_train.factorization.solutions import Bases, layer_factors
+from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import DecoderLayer, Gemma3ForCausalLM
@@ -76,7 +77,7 @@ def measure_sensitivity(
     model: Gemma3ForCausalLM,
     bases: Bases,
     probes: Iterable[Probe],
-    token_ids: Tensor,
+    text: Tensor | Mapping[str, Tensor],
     every: int = 4,
     shared: bool = True,
 ) -> dict[Probe, float]:
@@ -89,23 +90,23 @@ def measure_sensitivity(
         model: the dense model.
         bases: directions of all probed layers.
         probes: what to change, one at a time.
-        token_ids: text [B, L].
+        text: token ids [B, L], or a batch as ``model.begin`` takes it.
         every: the KL is taken at every so-many-th position; the head costs more than the layers.
         shared: whether processes share the work; otherwise this one does it all.
     """
     probes = sorted(set(probes))
     if not probes:
         return {}
-    context = model.context(token_ids)
-    residuals = [model.embed(token_ids)]
+    x, context = model.begin(text)
+    residuals = [x]
     for index in range(model.config.num_layers):
         residuals.append(model.run_layers(residuals[-1], context, index, index + 1))
-    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
+    pick = slice(min(every, x.shape[1]) - 1, None, every)
 
     def final(residual: Tensor) -> Tensor:
-        return model.norm(residual)[:, pick].flatten(0, 1)
+        return read_outputs(model.norm(residual), context, pick)
 
-    with torch.autocast(token_ids.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
     result: dict[Probe, float] = {}
     bar = {"desc": "measuring sensitivities", "unit": "probe", "leave": False, "disable": not is_first()}
@@ -113,20 +114,30 @@ def measure_sensitivity(
         changed = changed_layer(model, bases, probe)
         x = changed(residuals[probe.layer], context)
         hidden = final(model.run_layers(x, context, probe.layer + 1))
-        with torch.autocast(token_ids.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             result[probe] = divergence(hidden)
     return merged(result) if shared else result
 
 
 @torch.no_grad()
 def output_kl(
-    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, token_ids: Tensor, every: int = 4
+    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, text: Tensor | Mapping[str, Tensor], every: int = 4
 ) -> float:
-    """Returns KL(model ‖ student) in nats a token on text [B, L], at every so-many-th position."""
-    pick = slice(min(every, token_ids.shape[1]) - 1, None, every)
-    teacher, changed = (m.hidden_states(token_ids)[:, pick].flatten(0, 1) for m in (model, student))
-    with torch.autocast(token_ids.device.type, enabled=False):
+    """Returns KL(model ‖ student) in nats a token on ``text``, at every so-many-th position.
+
+    ``text``: token ids [B, L], or a batch as ``model.begin`` takes it.
+    """
+    x, context = model.begin(text)  # the student's too: it shares the embedding and the vision side
+    pick = slice(min(every, x.shape[1]) - 1, None, every)
+    teacher, changed = (read_outputs(m.norm(m.run_layers(x, context)), context, pick) for m in (model, student))
+    with torch.autocast(teacher.device.type, enabled=False):
         return float(linear_kl(changed, teacher, student.head_weight, model.head_weight)[0])
+
+
+def read_outputs(hidden: Tensor, context: AttentionContext, pick: slice) -> Tensor:
+    """Returns the final hidden states [N, D] at the positions ``pick`` of [B, L, D], less those of image tokens."""
+    hidden = hidden[:, pick]
+    return hidden.flatten(0, 1) if context.images is None else hidden[context.images.text[:, pick]]
 
 
 def changed_layer(model: Gemma3ForCausalLM, bases: Bases, probe: Probe) -> DecoderLayer:

@@ -16,7 +16,7 @@ moments; the host 4·D bytes a token and layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,18 +25,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tpa_train.errors import UserError
-from tpa_train.factorization.calibration import LayerMoments, add_layer, probes, sampled_score
+from tpa_train.factorization.calibration import Calibration, LayerMoments, add_layer, probes, sampled_score
 from tpa_train.factorization.latent import key_basis, latent_key_factors, latent_value_factors, value_basis
-from tpa_train.gemma3.attention import AttentionContext, Documents
+from tpa_train.gemma3.attention import Attention, AttentionContext, Documents
 from tpa_train.gemma3.config import Gemma3Config, LayerKind
+from tpa_train.gemma3.images import ImageBlocks
 from tpa_train.gemma3.layers import accumulation_dtype
-from tpa_train.gemma3.model import DecoderLayer
+from tpa_train.gemma3.model import DecoderLayer, Gemma3ForCausalLM
 from tpa_train.settings import TrainerSettings
 from tpa_train.trainers import Machine
 
 LoadLayer = Callable[[int], DecoderLayer]
 LoadHead = Callable[[], tuple[nn.Module, Tensor]]
 Sink = Callable[[int, dict[str, Tensor], LayerMoments], None]
+Solve = Callable[[Attention, LayerMoments], dict[str, Tensor]]
 UP, DOWN = 1, 4  # what a layer's way up and down counts on the progress bar: forward against recomputing and backward
 
 
@@ -138,10 +140,73 @@ def factorize_streaming(
     """
     wanted = sorted(set(range(config.num_layers) if layers is None else layers))
     _check(config, wanted, hidden, rank_k, rank_v)
+
+    def solve(attention: Attention, moments: LayerMoments) -> dict[str, Tensor]:
+        factors = latent_key_factors(attention, key_basis(moments, run.cost.tokens), rank_k)
+        return factors | latent_value_factors(attention, value_basis(attention, moments), rank_v)
+
     run = _Streaming(config, load_layer, hidden, document_ids, torch.device(device), seed, score_every, kept_dtype)
-    count = config.num_layers
+    _pass(run, load_head, wanted, solve, sink, "factorize layer by layer", progress)
+    return run.cost
+
+
+@torch.no_grad()
+def calibrate_streaming(
+    model: Gemma3ForCausalLM,
+    batches: Iterable[Mapping[str, Tensor]],
+    layers: Sequence[int],
+    *,
+    device: torch.device | str,
+    seed: int = 0,
+    score_every: int = 4,
+    kept_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Calibrates ``layers`` of a model whose layers wait in the host's memory; its embedding is on ``device``.
+
+    Args:
+        model: the dense original. Its layers are copied to the device one at a time, and stay where they are.
+        batches: as ``model.begin`` takes them, images included.
+        layers: indices.
+        device, seed, score_every, kept_dtype, progress: as in ``factorize_streaming``.
+
+    Raises:
+        UserError: the moments are not finite.
+    """
+    config, hidden, documents, images = model.config, [], [], []
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        x, context = model.begin(batch)
+        hidden.append(x.cpu())
+        documents.append(batch["document_ids"].cpu() if "document_ids" in batch else None)
+        images.append(None if context.images is None else context.images.ids.cpu())
+
+    def load_layer(index: int) -> DecoderLayer:
+        with torch.device("meta"):
+            layer = DecoderLayer(config, Attention(config, index))
+        layer.load_state_dict(model.layers[index].state_dict(), assign=True)
+        return layer
+
+    found: dict[int, LayerMoments] = {}
+
+    def keep(index: int, factors: dict[str, Tensor], moments: LayerMoments) -> None:
+        found[index] = moments
+
+    run = _Streaming(
+        config, load_layer, hidden, documents, torch.device(device), seed, score_every, kept_dtype, images
+    )  # fmt: skip
+    head = (model.norm, model.head_weight)
+    _pass(run, lambda: head, sorted(set(layers)), lambda *_: {}, keep, "calibrate layer by layer", progress)
+    return Calibration(dict(sorted(found.items())), run.cost.tokens, max(x.shape[1] for x in hidden))
+
+
+def _pass(
+    run: _Streaming, load_head: LoadHead, wanted: list[int], solve: Solve, sink: Sink, title: str, progress: bool
+) -> None:
+    """Goes up through all layers, scores, and comes down to the lowest one of ``wanted``."""
+    count = run.config.num_layers
     total = count * UP + (count - wanted[0]) * DOWN + UP
-    with tqdm(total=total, desc="factorize layer by layer", leave=False, disable=not progress) as bar:
+    with tqdm(total=total, desc=title, leave=False, disable=not progress) as bar:
         for index in range(count):
             bar.set_postfix_str(f"layer {index} up")
             run.up(index, keep=index >= wanted[0])
@@ -151,12 +216,11 @@ def factorize_streaming(
         bar.update(UP)
         for index in range(count - 1, wanted[0] - 1, -1):
             bar.set_postfix_str(f"layer {index} down")
-            solved = run.down(index, wanted, rank_k, rank_v)
+            solved = run.down(index, wanted, solve)
             if solved is not None:
                 sink(index, *solved)
             del solved  # before the next layer's moments are made
             bar.update(DOWN)
-    return run.cost
 
 
 class _Streaming:
@@ -170,12 +234,14 @@ class _Streaming:
         config: Gemma3Config,
         load_layer: LoadLayer,
         hidden: Sequence[Tensor],
-        document_ids: Sequence[Tensor] | None,
+        document_ids: Sequence[Tensor | None] | None,
         device: torch.device,
         seed: int,
         score_every: int,
         kept_dtype: torch.dtype | None,
+        image_ids: Sequence[Tensor | None] | None = None,
     ) -> None:
+        self.image_ids = image_ids
         self.config, self.load_layer, self.device = config, load_layer, device
         self.document_ids, self.seed, self.score_every = document_ids, seed, score_every
         self.dtype = accumulation_dtype(hidden[0].dtype)
@@ -214,11 +280,12 @@ class _Streaming:
                     final = norm(x)[:, every - 1 :: every].flatten(0, 1)
                 labels = generator_for(self.device, self.seed, batch, None)
                 score = sampled_score(final.detach(), weight, labels) * every**0.5
+                images = self._context(batch).images
+                if images is not None:
+                    score = score * images.text[:, every - 1 :: every].flatten()[:, None]
                 self.stream[batch] = torch.autograd.grad(final, x, score)[0].cpu()
 
-    def down(
-        self, index: int, wanted: list[int], rank_k: int, rank_v: int
-    ) -> tuple[dict[str, Tensor], LayerMoments] | None:
+    def down(self, index: int, wanted: list[int], solve: Solve) -> tuple[dict[str, Tensor], LayerMoments] | None:
         """Takes the gradients through layer ``index``; returns its factors and moments if it is ``wanted``."""
         cost = self.cost.layers[index]
         layer = self._load(index)
@@ -231,9 +298,7 @@ class _Streaming:
         with self._measured(cost, "solve_seconds"):
             # On the host: the eigenproblems are of size head_dim, and the sink's moments belong there anyway.
             moments = moments.on_host(index)
-            attention = layer.self_attn
-            factors = latent_key_factors(attention, key_basis(moments, self.cost.tokens), rank_k)
-            factors |= latent_value_factors(attention, value_basis(attention, moments), rank_v)
+            factors = solve(layer.self_attn, moments)
         return {f"layers.{index}.self_attn.{name}": t for name, t in factors.items()}, moments
 
     def _add(self, layer: DecoderLayer, moments: LayerMoments | None, batch: int, x: Tensor, last: bool) -> None:
@@ -261,11 +326,13 @@ class _Streaming:
 
     def _context(self, batch: int) -> AttentionContext:
         """Returns what a layer needs to know besides its input."""
-        documents = None
-        if self.document_ids is not None:
+        documents = images = None
+        if self.document_ids is not None and self.document_ids[batch] is not None:
             documents = Documents(self.document_ids[batch].to(self.device))
+        if self.image_ids is not None and self.image_ids[batch] is not None:
+            images = ImageBlocks(self.image_ids[batch].to(self.device), documents)
         positions = torch.arange(self.stream[batch].shape[1], device=self.device)[None]
-        return AttentionContext(self.config, positions, documents)
+        return AttentionContext(self.config, positions, documents, images=images)
 
     @contextmanager
     def _measured(self, cost: LayerCost | HeadCost, name: str) -> Iterator[None]:

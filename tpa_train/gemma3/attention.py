@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpa_train.gemma3.config import Gemma3Config, LayerKind
+from tpa_train.gemma3.images import ImageBlocks
 from tpa_train.gemma3.layers import Linear, RMSNorm, apply_rotary, rotary_table
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class AttentionContext:
     positions: Tensor  # int [B or 1, L], RoPE positions of the new tokens
     documents: Documents | None = None
     cache: KVCache | None = None
+    images: ImageBlocks | None = None  # None where there are only text tokens
     rotary: dict[LayerKind, RotaryTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,9 +93,15 @@ class AttentionContext:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, documents: Documents | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    documents: Documents | None = None,
+    images: ImageBlocks | None = None,
 ) -> Tensor:
-    """Causal attention of a whole sequence on itself.
+    """Attention of a whole sequence on itself: causal, and to and fro inside an image.
 
     Args:
         q: [B, L, H, d]; k: [B, L, G, d]; v: [B, L, G, e]. Latent values are mostly narrower than keys; a wide joint
@@ -101,13 +109,14 @@ def attend(
         scale: multiplies the scores.
         window: a query sees itself and the ``window - 1`` tokens before it; None for all.
         documents: packed documents that must not see each other.
+        images: blocks whose tokens also see the later ones of their own block.
 
     Returns:
         [B, L, H, e].
     """
     length, value_dim = q.shape[1], v.shape[-1]
     if value_dim > k.shape[-1]:
-        parts = [attend(q, k, part, scale, window, documents) for part in v.split(k.shape[-1], dim=-1)]
+        parts = [attend(q, k, part, scale, window, documents, images) for part in v.split(k.shape[-1], dim=-1)]
         return torch.cat(parts, dim=-1)
     if window is not None and window >= length:
         window = None
@@ -121,6 +130,8 @@ def attend(
         out = _attend_segments(q, k, v, scale, documents)
     else:
         out = _sdpa(q, k, v, scale, is_causal=True)
+    if images is not None:
+        out = _attend_images(out, q, k, v, scale, window, images)
     return out[..., :value_dim]
 
 
@@ -184,6 +195,25 @@ def _attend_banded(q, k, v, scale, window: int, documents: Documents | None) -> 
         )
     out = _sdpa(queries(q), keys(k), keys(v), scale, mask.flatten(0, 1)[:, None])
     return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+
+
+def _attend_images(out: Tensor, q, k, v, scale, window: int | None, images: ImageBlocks) -> Tensor:
+    """Returns ``out`` with the image tokens' rows computed anew: one SDPA call an image, on what is before its end.
+
+    Text sees images causally, so the causal paths are right for it; that they computed the image tokens' rows as well
+    costs T rows of the softmax an image, and saves an [L, L] mask. The window cuts an image token's past as any
+    other's (``create_attention_mask``).
+    """
+    parts = []
+    for row, start, end, first in images.spans:
+        begin = first if window is None else max(first, start - window + 1)
+        mask = None
+        if window is not None and begin <= end - 1 - window:  # the last token does not see the first key
+            query = torch.arange(start, end, device=q.device)[:, None]
+            mask = (torch.arange(begin, end, device=q.device)[None, :] > query - window)[None, None]
+        queries, keys = (slice(row, row + 1), slice(start, end)), (slice(row, row + 1), slice(begin, end))
+        parts.append(_sdpa(q[queries], k[keys], v[keys], scale, mask)[0])
+    return out.index_put(images.places, torch.cat(parts).to(out.dtype))
 
 
 class Attention(nn.Module):
@@ -264,9 +294,13 @@ class Attention(nn.Module):
         entries = self.write(x, rotary)
         if context.cache is None:
             k, v = self.read(self.as_cached(entries), rotary)
-            return self.output(attend(q, k, v, self.config.scale, self.window, context.documents))
+            return self.output(attend(q, k, v, self.config.scale, self.window, context.documents, context.images))
         view = context.cache.update(self.layer, self.pack(entries))
         k, v = self.read(self.unpack(view.stored, q.dtype), view.rotary)
         if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies
-            return self.output(attend(q, k, v, self.config.scale, self.window))
-        return self.output(_sdpa(q, k, v, self.config.scale, view.mask))
+            return self.output(attend(q, k, v, self.config.scale, self.window, images=context.images))
+        mask = view.mask
+        if context.images is not None and mask is not None:  # the new tokens are the last of those seen
+            new = mask[..., -x.shape[1] :] | context.images.future
+            mask = torch.cat((mask[..., : -x.shape[1]].expand(*new.shape[:3], -1), new), dim=-1)
+        return self.output(_sdpa(q, k, v, self.config.scale, mask))

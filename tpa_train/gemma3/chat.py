@@ -74,7 +74,7 @@ class ChatTemplate:
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids that ask for an answer to ``text``, one user's turn."""
         rendered = self.prompt([{"role": "user", "content": text}])
-        return self._with_bos(self.tokenizer.encode_rendered([rendered])[0])
+        return self.with_bos(self.tokenizer.encode_rendered([rendered])[0])
 
     def encode(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[bool]]]:
         """Returns ids and, for each id, whether the model would write it; every conversation begins with ``<bos>``.
@@ -91,11 +91,12 @@ class ChatTemplate:
                 part = next(encoded)
                 ids += part
                 mask += [stretch.by_model] * len(part)
-            whole = self._with_bos(ids)
+            whole = self.with_bos(ids)
             rows.append((whole, [False] * (len(whole) - len(ids)) + mask))
         return rows
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Returns ``ids`` with ``<bos>`` before them, unless the template wrote it."""
         bos = self.tokenizer.bos_id
         return ids if ids[:1] == [bos] else [bos, *ids]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tpa_train.errors import UserError, nearest
+from tpa_train.gemma3.vision_config import VisionConfig
 
 LayerKind = Literal["local", "global"]
 LAYERS_PER_GLOBAL = 6  # five sliding-window layers, then one global layer
@@ -22,7 +23,10 @@ def layer_pattern(num_layers: int, period: int = LAYERS_PER_GLOBAL) -> tuple[Lay
 
 @dataclass(frozen=True)
 class Gemma3Config:
-    """Text side of a Gemma 3 model. Defaults are those of the 270M; all counts are per layer unless said."""
+    """A Gemma 3 model: its text side and, in multimodal ones, its vision side.
+
+    Defaults are those of the 270M; all counts are per layer unless said.
+    """
 
     vocab_size: int = 262_144
     hidden_size: int = 640  # D
@@ -39,6 +43,7 @@ class Gemma3Config:
     rms_norm_eps: float = 1e-6
     max_context: int = 32_768  # tokens the pretrained model was trained to handle
     layer_kinds: tuple[LayerKind, ...] = ()  # filled from the pattern when left empty
+    vision: VisionConfig | None = None  # None: text only (``SIZES`` describe the text side; a checkpoint adds this)
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -64,7 +69,9 @@ class Gemma3Config:
         return context if self.is_global(layer) else min(context, self.sliding_window)
 
     def to_dict(self) -> dict:
-        return {**dataclasses.asdict(self), "layer_kinds": list(self.layer_kinds)}
+        """Returns plain values for JSON; a text-only model has no key ``vision``."""
+        values = {**dataclasses.asdict(self), "layer_kinds": list(self.layer_kinds)}
+        return {k: v for k, v in values.items() if k != "vision" or v is not None}
 
     @classmethod
     def from_dict(cls, values: dict) -> Gemma3Config:
@@ -77,6 +84,9 @@ class Gemma3Config:
         for key in values:
             if key not in known:
                 raise UserError(f"unknown Gemma 3 config key '{key}'{nearest(key, known)}")
+        values = dict(values)
+        if values.get("vision") is not None:
+            values["vision"] = VisionConfig.from_dict(values["vision"])
         return cls(**{k: tuple(v) if k == "layer_kinds" else v for k, v in values.items()})
 
 

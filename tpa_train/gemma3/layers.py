@@ -6,6 +6,9 @@ heads, d head_dim, F feed-forward size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,23 @@ from tpa_train.gemma3.config import Gemma3Config, LayerKind
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns float32 for half precisions, else ``dtype``: what norms, RoPE and the residual stream compute in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Has ``module`` compute on ``device`` inside the block, with copies in place of its parameters; not to train.
+
+    The parameters themselves stay where they are, so that other models may share them.
+    """
+    kept = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
+    try:
+        for part, name, parameter in kept:
+            copy = parameter.detach().to(device, non_blocking=True)
+            part._parameters[name] = nn.Parameter(copy, requires_grad=False)
+        yield
+    finally:
+        for part, name, parameter in kept:
+            part._parameters[name] = parameter
 
 
 class Linear(nn.Linear):

@@ -14,6 +14,7 @@ import torch
 from tpa_train.cli import choose_device, parse
 from tpa_train.errors import UserError
 from tpa_train.gemma3.model import Gemma3ForCausalLM
+from tpa_train.gemma3.processing import open_image
 from tpa_train.gemma3.tokenizer import StreamDecoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,6 +28,12 @@ class GenerateArgs:
         "of a packaged one (gemma3_270m)."},
     )  # fmt: skip
     prompt: str = field(metadata={"help": "text to continue; - reads it from standard input."})
+    image: list[str] = field(
+        default_factory=list,
+        metadata={"help": "file of an image, for a multimodal model; repeat it for several. They stand where the "
+        "prompt says <start_of_image>, or before it."},
+    )  # fmt: skip
+    pan_and_scan: bool = field(default=False, metadata={"help": "show long images in crops as well."})
     adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
     chat: str = field(
         default="false",
@@ -128,10 +135,11 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
     start = time.perf_counter()
     generate(
         model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show, chat=chat,
+        images=args.image, pan_and_scan=args.pan_and_scan,
     )  # fmt: skip
     out.write(decoder.flush() + "\n")
     out.flush()
-    prompt_tokens = len(encode_prompts(model, [prompt], chat)[0])
+    prompt_tokens = len(encode_prompts(model, prompt, chat, args.image, args.pan_and_scan)[0][0])
     with torch.device("meta"):
         dense = Gemma3ForMultimodalLMwithTPA(model.config)
     capacity, dtype = prompt_tokens + args.max_tokens, model.head_weight.dtype
@@ -154,6 +162,8 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def _check(args: GenerateArgs) -> None:
+    for image in args.image:
+        open_image(image, decode=False)
     if args.max_tokens < 1:
         raise UserError(f"max_tokens={args.max_tokens} must be at least 1.")
     if args.temperature < 0:

@@ -165,6 +165,8 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
     def load_weights(self, path: str | Path | None = None) -> None:
         """Fills this model, all dense, from a checkpoint, in the dtype and on the device of its embedding.
 
+        A multimodal checkpoint's vision side comes along, whether or not this model was built with one.
+
         Args:
             path: a GGUF file, a Hugging Face folder, or a gemma_pytorch ``.ckpt``; the packaged 270M when left out.
 
@@ -178,13 +180,13 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         path = find_default() if path is None else path
         checkpoint = open_checkpoint(path)
         ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
-        other = [f"{key}={theirs[key]}, not {ours[key]}" for key in ours if theirs[key] != ours[key]]
+        different = [key for key in ours if key != "vision" and theirs.get(key) != ours[key]]
+        other = [f"{key}={theirs[key]}, not {ours[key]}" for key in different]
         if other:
             raise UserError(f"{path} holds a model of other sizes than this one was built with: {'; '.join(other)}.")
         weight = self.embed_tokens.weight
-        dense = build_model(checkpoint, weight.dtype)
-        if not weight.is_meta:
-            dense = dense.to(weight.device)
+        dense = build_model(checkpoint, weight.dtype, "cpu" if weight.is_meta else weight.device)
+        self.config, self.vision = dense.config, dense.vision
         for name, parameter in dense.named_parameters():
             set_parameter(self, name, parameter)
         self.tokenizer, self.source = dense.tokenizer, dense.source
@@ -294,7 +296,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
             self.layers[layer].self_attn = student.layers[layer].self_attn.to(self.embed_tokens.weight.dtype)
         self.specs = student.specs
 
-    def generate(self, prompts: list[str] | str, max_tokens: int = 128, **options: Any) -> list[str]:
+    def generate(self, prompts: list[Any] | str, max_tokens: int = 128, **options: Any) -> list[str]:
         """Continues each prompt with the factored cache; options as in ``tpa_train.tpa.generation.generate``."""
         from tpa_train.tpa.generation import generate
 

@@ -14,7 +14,8 @@ from tpa_train.tpa.entries import Bits, Entry, check_widths, describe_bits
 KEY_VALUE_FORMS = ("dense", "latent", "joint", "contextual", "constant_a", "constant_b", "tucker")
 QUERY_FORMS = ("dense", "contextual", "tucker")
 OUTPUT_FORMS = ("dense", "tucker")
-FORMAT_VERSION = 2  # of exported folders; raised when an older reader could not load a newer folder
+FORMAT_VERSION = 3  # of exported folders; raised when an older reader could not load a newer folder
+TEXT_VERSION = 2  # of folders without a vision side, which older readers load
 
 
 @dataclass(frozen=True)

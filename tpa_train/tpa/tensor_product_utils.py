@@ -2,7 +2,7 @@
 
 They are doors to the same definitions that the toolkit computes with (``gemma3.layers``), for code that is written
 against complex rotation factors and explicit masks. The toolkit's own kernels need neither: ``gemma3.attention.attend``
-never builds an [L, L] mask.
+never builds an [L, L] mask. What concerns images is defined in ``gemma3.images``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.config import Gemma3Config, LayerKind
+from tpa_train.gemma3.images import NO_IMAGE, image_blocks, populate_image_embeddings
 from tpa_train.gemma3.layers import rotary_table
 
-NO_IMAGE = -1  # image id of text
+__all__ = [
+    "NO_IMAGE", "create_attention_mask", "image_blocks", "populate_image_embeddings", "register_freqs_cis",
+    "reshape_for_broadcast",
+]  # fmt: skip
 
 
 def register_freqs_cis(module: nn.Module, name: str, config: Gemma3Config, kind: LayerKind, max_length: int) -> None:
@@ -63,18 +67,6 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
         )
     factors = freqs_cis[None] if freqs_cis.dim() == 2 else freqs_cis
     return factors[:, :, None]
-
-
-def image_blocks(token_ids: Tensor, image_token_id: int) -> Tensor:
-    """Numbers the images of each row: int [B, L], ``NO_IMAGE`` at text.
-
-    An image is a run of ``image_token_id``, as in gemma_pytorch and transformers; Gemma's processor keeps neighbouring
-    images apart by its start and end tokens.
-    """
-    image = token_ids == image_token_id
-    starts = image.clone()
-    starts[:, 1:] &= ~image[:, :-1]
-    return torch.where(image, starts.cumsum(1) - 1, NO_IMAGE)
 
 
 def create_attention_mask(
@@ -144,39 +136,3 @@ def _rows(name: str, ids: Tensor, length: int) -> Tensor:
     if ids.dim() not in (1, 2) or ids.shape[-1] != length or ids.is_floating_point() or ids.dtype == torch.bool:
         raise UserError(f"{name} must be whole numbers [{length}] or [B, {length}], not {ids.dtype} {list(ids.shape)}.")
     return ids if ids.dim() == 2 else ids[None]
-
-
-def populate_image_embeddings(
-    hidden: Tensor, token_ids: Tensor, image_embeddings: Tensor, image_token_id: int
-) -> Tensor:
-    """Returns ``hidden`` with the images' soft tokens in place of the image token's embeddings.
-
-    Soft tokens go in as they are: ``hidden`` is scaled by √D already, they are not scaled. They fill the places in
-    reading order, row after row. Out of place, and differentiable in both.
-
-    Args:
-        hidden: scaled embeddings of the text [B, L, D].
-        token_ids: int [B, L].
-        image_embeddings: [images, soft tokens of an image (256), D]; cast to ``hidden``'s type.
-        image_token_id: marks the places.
-
-    Raises:
-        UserError: the shapes do not fit, or there are more or fewer places than soft tokens.
-    """
-    if hidden.dim() != 3 or token_ids.shape != hidden.shape[:2]:
-        raise UserError(
-            f"hidden must be [B, L, D] and token_ids [B, L], but they are {list(hidden.shape)} and "
-            f"{list(token_ids.shape)}."
-        )
-    if image_embeddings.dim() != 3 or image_embeddings.shape[-1] != hidden.shape[-1]:
-        raise UserError(
-            f"image_embeddings must be [images, soft tokens, {hidden.shape[-1]}], not {list(image_embeddings.shape)}."
-        )
-    places = token_ids == image_token_id
-    wanted, (images, each) = int(places.sum()), image_embeddings.shape[:2]
-    if wanted != images * each:
-        raise UserError(
-            f"the text has {wanted} image tokens, but {images} images of {each} soft tokens make {images * each}; put "
-            f"{each} image tokens in the text for every image."
-        )
-    return hidden.masked_scatter(places[..., None], image_embeddings.to(hidden.dtype))
