@@ -22,7 +22,7 @@ SVD_SWEEPS = 5  # of the SVD against the constant of the values
 SWEEPS = 200  # of the alternation, at most
 IMPROVEMENT = 1e-3  # relative; the alternation stops below it
 RIDGE = 1e-11  # of the normal matrix's mean diagonal
-CHUNK_NUMBERS = 2**21  # numbers of the largest temporary of a chunk of tokens
+CHUNK_NUMBERS = 2**18  # of the largest temporary of a chunk of tokens: what a cache holds
 
 Factors = tuple[Tensor, Tensor]  # a [T, R, G] and b [T, R, d] of Σ_r a_r ⊗ b_r
 
@@ -140,11 +140,13 @@ def _least_squares(fixed: Tensor, free: Tensor, pull: Tensor, metric: Tensor) ->
     fixed, mixed = torch.linalg.qr(fixed.mT)
     fixed, free = fixed.mT, mixed @ free
     count, rank, width = free.shape
-    r, s = torch.tril_indices(rank, rank)
-    blocks = (torch.einsum("tpm,tpn->tpmn", fixed[:, r], fixed[:, s]).flatten(2) @ metric).unflatten(-1, (width, width))
-    normal = blocks.new_empty(count, rank, rank, width, width)
-    normal[:, s, r], normal[:, r, s] = blocks.mT, blocks
-    normal = normal.transpose(2, 3).reshape(count, rank * width, -1)
+    pairs = [(i, j) for i in range(rank) for j in range(i + 1)]
+    outer = torch.stack([fixed[:, i, :, None] * fixed[:, j, None] for i, j in pairs], 1)
+    blocks = (outer.flatten(2) @ metric).unflatten(-1, (width, width))
+    normal = blocks.new_zeros(count, rank, width, rank, width)
+    for number, (i, j) in enumerate(pairs):  # the Cholesky decomposition reads the lower triangle only
+        normal[:, i, :, j] = blocks[:, number]
+    normal = normal.view(count, rank * width, -1)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal.mean(1, keepdim=True)
     step = torch.cholesky_solve((fixed @ pull).view(count, -1, 1), torch.linalg.cholesky(normal))
