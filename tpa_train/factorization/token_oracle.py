@@ -47,14 +47,17 @@ def best_token_factors(targets: TokenTargets, rank: int, starts: Sequence[Factor
         error = targets.error(_matrices(targets, pooled))
         if best is None or error < best[1]:
             best = pooled, error
-    (a, b), error = best
+    factors, error = best
+    matrices = _matrices(targets, factors)
     for _ in range(SWEEPS):
         previous = error
-        a, b = _sweep(targets, (a, b), targets.missing(_matrices(targets, (a, b))) if targets.centred else nothing)
-        error = targets.error(_matrices(targets, (a, b)))
-        if error >= previous * (1.0 - IMPROVEMENT):
+        factors = _sweep(targets, factors, targets.missing(matrices) if targets.centred else nothing)
+        found = _matrices(targets, factors)
+        if (found_error := targets.error(found)) < error:
+            matrices, error = found, found_error
+        if found_error >= previous * (1.0 - IMPROVEMENT):
             break
-    return _matrices(targets, (a, b)), error
+    return matrices, error
 
 
 def _matrices(targets: TokenTargets, factors: Factors) -> Tensor:
