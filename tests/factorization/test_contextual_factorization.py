@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
+from contextual_problems import DOUBLE, heads_of, random_layer, random_moments, random_sample, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import random_model, small_config, tokens
 
 from tpa_train.errors import UserError
 from tpa_train.factorization.contextual_factorization import (
-    PROJECTION,
     _basis_given_maps,
     _constant_mode,
     _init_contextual_factorization,
@@ -22,36 +22,12 @@ from tpa_train.factorization.contextual_factorization import (
     per_token_error,
 )
 from tpa_train.factorization.contextual_fit import TokenTargets, fit_contextual
-from tpa_train.factorization.stacked import ActivationSample, HeadMoments
-from tpa_train.gemma3.attention import Attention, AttentionContext
+from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-
-DOUBLE = torch.float64
-
-
-def _generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def _positive(size, seed, decay=0.7):
-    turn = torch.linalg.qr(torch.randn(size, size, generator=_generator(seed), dtype=DOUBLE)).Q
-    return (turn * decay ** torch.arange(size)) @ turn.mT
-
-
-def _moments(weight, seed=0, metric="heads") -> HeadMoments:
-    """Of random correlated keys; one metric for all heads ("same"), one a head ("heads"), or a "full" one."""
-    g, d, _ = weight.shape
-    second = _positive(g * d, seed, 0.9).view(g, d, g, d)
-    full = torch.zeros(g, d, g, d, dtype=DOUBLE)
-    for head in range(g):
-        full[head, :, head] = _positive(d, seed + 1) + (0.7 * _positive(d, seed + 2 + head) if metric != "same" else 0)
-    if metric == "full":
-        full = full + 0.3 * _positive(g * d, seed + 50).view_as(full)
-    return HeadMoments(second, full, torch.randn(g, d, generator=_generator(seed), dtype=DOUBLE))
 
 
 def _weight(g, d, hidden=24, seed=0):
-    return torch.randn(g, d, hidden, generator=_generator(seed), dtype=DOUBLE)
+    return torch.randn(g, d, hidden, generator=seeded(seed), dtype=DOUBLE)
 
 
 def _map(found, weight):
@@ -88,7 +64,7 @@ def test_full_rank_is_the_original(groups, half, seed, constant):
 def test_the_error_is_that_of_the_factors(constant, ranks, metric):
     """In the metric, on the weights themselves; falling with the rank; and the mean's loss is what it says."""
     weight = _weight(4, 8, 40)
-    moments, errors = _moments(weight, metric=metric), []
+    moments, errors = random_moments(weight, metric=metric), []
     for rank in ranks:
         found = contextual_tensor_decomposition(weight, moments, rank, constant)
         matrix = _map(found, weight)
@@ -110,7 +86,7 @@ def test_eigenvectors_where_one_metric_serves_all_heads(rank):
     Up to where the alternation stops.
     """
     weight = _weight(4, 8, 40)
-    moments = _moments(weight, metric="same")
+    moments = random_moments(weight, metric="same")
     shared = moments.metric[0, :, 0]
     heads = torch.linalg.eigvalsh(torch.einsum("de,gdhe->gh", shared, moments.second))
     found = contextual_tensor_decomposition(weight, moments, rank)
@@ -129,7 +105,7 @@ def test_no_random_restart_finds_a_better_one(monkeypatch, constant, rank, metri
     import tpa_train.factorization.contextual_factorization as module
 
     weight = _weight(4, 8, 40)
-    moments = _moments(weight, seed, metric)
+    moments = random_moments(weight, seed, metric)
     found = contextual_tensor_decomposition(weight, moments, rank, constant)
     eigen, starts = module._eigen_start, []
     monkeypatch.setattr(module, "SWEEPS", 1)
@@ -137,7 +113,7 @@ def test_no_random_restart_finds_a_better_one(monkeypatch, constant, rank, metri
     assert found.error < start.error * (1 - 1e-6), "the alternation does something"
     monkeypatch.setattr(module, "SWEEPS", 100)
     for restart in range(6):
-        generator = _generator(restart)
+        generator = seeded(restart)
         monkeypatch.setattr(module, "_eigen_start", lambda second, metric, r, generator=generator: torch.linalg.qr(
             torch.randn(second.shape[0], r, generator=generator, dtype=DOUBLE)).Q)  # fmt: skip
         starts.append(contextual_tensor_decomposition(weight, moments, rank, constant).error)
@@ -147,7 +123,7 @@ def test_no_random_restart_finds_a_better_one(monkeypatch, constant, rank, metri
 def test_sweeps_never_raise_the_error(monkeypatch):
     import tpa_train.factorization.contextual_factorization as module
 
-    moments, errors = _moments(_weight(4, 8), metric="full"), []
+    moments, errors = random_moments(_weight(4, 8), metric="full"), []
     for sweeps in range(1, 12):
         monkeypatch.setattr(module, "SWEEPS", sweeps)
         errors.append(_constant_mode(moments.second, moments.metric, 2)[2])
@@ -156,20 +132,20 @@ def test_sweeps_never_raise_the_error(monkeypatch):
 
 def test_the_basis_of_given_maps_is_the_least_squares_solution():
     """Conjugate gradients against the normal equations written out."""
-    moments = _moments(_weight(3, 4), metric="full")
-    maps = torch.randn(2, 4, 3, 4, generator=_generator(0), dtype=DOUBLE)
+    moments = random_moments(_weight(3, 4), metric="full")
+    maps = torch.randn(2, 4, 3, 4, generator=seeded(0), dtype=DOUBLE)
     cross = torch.einsum("iajb,rcjb->iarc", moments.second, maps)
     second_y = torch.einsum("raib,ibsc->rasc", maps, cross)
     normal = torch.einsum("iajb,sbra->irjs", moments.metric, second_y).reshape(6, 6)
     right = torch.einsum("iajb,jbra->ir", moments.metric, cross).flatten()
     expected = torch.linalg.solve(normal, right).view(3, 2)
-    start = torch.randn(3, 2, generator=_generator(1), dtype=DOUBLE)
+    start = torch.randn(3, 2, generator=seeded(1), dtype=DOUBLE)
     torch.testing.assert_close(_basis_given_maps(moments.metric, cross, second_y, start), expected, rtol=0, atol=1e-8)
 
 
 def test_blind_metrics_and_dead_weights_are_survived():
     weight = _weight(4, 8, 40)
-    moments = _moments(weight)
+    moments = random_moments(weight)
     moments.metric[:, 4:], moments.metric[..., 4:] = 0, 0
     for constant in (None, "b"):
         found = contextual_tensor_decomposition(weight, moments, 2, constant)
@@ -181,37 +157,11 @@ def test_blind_metrics_and_dead_weights_are_survived():
 # ----------------------------------------------------------------------------------------------------------------- fit
 
 
-def _layer(groups=4, heads=8, hidden=48, d=8) -> Attention:
-    config = small_config(hidden_size=hidden, num_heads=heads, num_kv_heads=groups, head_dim=d, num_layers=1,
-                          layer_kinds=("global",))  # fmt: skip
-    return random_model(config, seed=3).layers[0].self_attn
-
-
-def _heads(attention, kind):
-    count = attention.config.num_heads if kind == "q" else attention.config.num_kv_heads
-    return getattr(attention, PROJECTION[kind]).weight.detach().double().unflatten(0, (count, -1))
-
-
-def _sample(attention, kind, structure=True, count=1500) -> ActivationSample:
-    """Tokens whose heads follow one of a few patterns: rank 1 a token (and noise), but rank G over all of them."""
-    weight, generator = _heads(attention, kind), _generator(1)
-    g, d, hidden = weight.shape
-    x = torch.randn(count, hidden, generator=generator, dtype=DOUBLE)
-    if structure:
-        patterns, centres = (torch.randn(3, n, generator=generator, dtype=DOUBLE) for n in (g, d))
-        which = torch.randint(0, 3, (count,), generator=generator)
-        b = 2 * centres[which] + torch.randn(count, d, generator=generator, dtype=DOUBLE)
-        k = patterns[which][:, :, None] * b[:, None] + 0.1 * torch.randn(count, g, d, generator=generator, dtype=DOUBLE)
-        x = torch.linalg.lstsq(weight.flatten(0, 1), k.flatten(1).mT).solution.mT
-    weights = [torch.rand(count, generator=generator) + 0.1 for _ in range(2)]
-    return ActivationSample(x.float(), *weights)
-
-
 @pytest.mark.parametrize("kind", ["k", "v", "q"])
 def test_the_fit_lowers_the_error_where_context_helps(kind):
-    attention = _layer()
-    weight, sample = _heads(attention, kind), _sample(attention, kind)
-    moments = _moments(weight)
+    attention = random_layer()
+    weight, sample = heads_of(attention, kind), random_sample(attention, kind)
+    moments = random_moments(weight)
     k = torch.einsum("gdi,ti->tgd", weight, sample.x.double())
     moments.second = torch.einsum("tgd,the->gdhe", k, k) / len(k)
     start = _init_contextual_factorization(attention, kind, 1, moments)
@@ -242,9 +192,9 @@ def test_the_fit_lowers_the_error_where_context_helps(kind):
 @pytest.mark.parametrize("structure", [True, False])
 @pytest.mark.parametrize("steps,count", [(1, 300), (20, 300), (60, 20), (60, 1)])
 def test_the_fit_never_ends_worse(structure, steps, count):
-    attention = _layer()
+    attention = random_layer()
     for kind in "kv":
-        weight, sample = _heads(attention, kind), _sample(attention, kind, structure, count)
+        weight, sample = heads_of(attention, kind), random_sample(attention, kind, structure, count)
         start = _init_contextual_factorization(attention, kind, 2)
         fitted = _init_contextual_factorization(attention, kind, 2, None, sample, steps)
         before, after = (contextual_error(weight, f, sample, None, kind) for f in (start, fitted))
@@ -253,8 +203,9 @@ def test_the_fit_never_ends_worse(structure, steps, count):
 
 def test_held_out_tokens_judge_the_fit():
     """Too few tokens without structure: what fits them all better is noise, and new tokens would pay for it."""
-    attention = _layer()
-    weight, sample, fresh = _heads(attention, "k"), _sample(attention, "k", False, 100), _sample(attention, "k", False)
+    attention = random_layer()
+    sample, fresh = (random_sample(attention, "k", False, count) for count in (100, 1500))
+    weight = heads_of(attention, "k")
     start = _init_contextual_factorization(attention, "k", 1)
     fitted = _init_contextual_factorization(attention, "k", 1, None, sample)
     before, after = (contextual_error(weight, f, fresh, None, "k") for f in (start, fitted))
@@ -266,8 +217,8 @@ def test_a_fit_that_cannot_help_changes_nothing(monkeypatch):
     import tpa_train.factorization.contextual_fit as module
 
     monkeypatch.setattr(module, "LEARNING_RATE", 1e4)
-    attention = _layer()
-    weight, sample = _heads(attention, "k"), _sample(attention, "k", count=200)
+    attention = random_layer()
+    weight, sample = heads_of(attention, "k"), random_sample(attention, "k", count=200)
     start = _init_contextual_factorization(attention, "k", 1)
     fitted = _init_contextual_factorization(attention, "k", 1, None, sample, 20)
     assert all(torch.equal(start[n], fitted[n]) for n in start)
@@ -275,36 +226,9 @@ def test_a_fit_that_cannot_help_changes_nothing(monkeypatch):
     assert fit_contextual(TokenTargets(weight, sample, None, "k"), found.a, found.b, 20) is None
 
 
-def test_the_oracle_is_a_truncated_svd():
-    attention = _layer()
-    weight, sample = _heads(attention, "k"), _sample(attention, "k", False, 50)
-    k = torch.einsum("gdi,ti->tgd", weight, sample.x.double())
-    values = torch.linalg.svdvals(k / k.square().mean((1, 2), keepdim=True).sqrt()).square()
-    share = sample.key_weight.double()[:, None]
-    for rank in (1, 3):
-        expected = (share * values[:, rank:]).sum() / (share * values).sum()
-        assert per_token_error(weight, sample, None, rank) == pytest.approx(float(expected), rel=1e-6)
-    assert per_token_error(weight, sample, None, 4) < 1e-12
-
-
-def test_the_oracle_of_values_has_a_constant_of_its_own(monkeypatch):
-    """Values of rank 1 around a constant that is not their mean."""
-    import tpa_train.factorization.contextual_factorization as module
-
-    attention = _layer()
-    weight, generator = _heads(attention, "v"), _generator(0)
-    a, b, constant = (torch.randn(*shape, generator=generator, dtype=DOUBLE) for shape in ((300, 4), (300, 8), (4, 8)))
-    v = torch.einsum("tg,td->tgd", a + 1, b + 1) + constant
-    x = torch.linalg.lstsq(weight.flatten(0, 1), v.flatten(1).mT).solution.mT
-    sample = ActivationSample(x.float(), torch.ones(300), torch.ones(300))
-    error = per_token_error(weight, sample, None, 1, "v")
-    monkeypatch.setattr(module, "ORACLE_SWEEPS", 1)
-    assert error < 0.9 * per_token_error(weight, sample, None, 1, "v")
-
-
 def test_a_layer_takes_seconds():
-    attention = _layer(groups=8, heads=8, hidden=512, d=64)
-    sample, moments = _sample(attention, "k", count=4096), _moments(_heads(attention, "k"))
+    attention = random_layer(groups=8, heads=8, hidden=512, d=64)
+    sample, moments = random_sample(attention, "k", count=4096), random_moments(heads_of(attention, "k"))
     start = time.monotonic()
     _init_contextual_factorization(attention, "k", 2, moments, sample, steps=40)
     assert time.monotonic() - start < 30
@@ -341,7 +265,8 @@ def test_lower_ranks_start_exactly_at_constant_a(rank):
     """The same outputs, with calibrated moments and a mean in the values, and more error than at a higher rank."""
     model = _model()
     ids = tokens(model.config, 1, 30)
-    moments = {i: {kind: _moments(_heads(model.layers[i].self_attn, kind), i) for kind in "kv"} for i in range(6)}
+    heads = {i: {kind: heads_of(model.layers[i].self_attn, kind) for kind in "kv"} for i in range(6)}
+    moments = {i: {kind: random_moments(heads[i][kind], i) for kind in "kv"} for i in range(6)}
     contextual = apply_contextual_tensor_decomposition(model, None, rank, rank, moments=moments)
     constant = apply_contextual_tensor_decomposition(
         model, None, rank, rank, constant_k="a", constant_v="a", moments=moments
@@ -351,7 +276,7 @@ def test_lower_ranks_start_exactly_at_constant_a(rank):
     name = "layers.5.self_attn.values.bias"
     assert contextual.get_parameter(name).abs().max() > 1e-2
     for kind in "kv":
-        weight = _heads(model.layers[2].self_attn, kind)
+        weight = heads_of(model.layers[2].self_attn, kind)
         errors = [contextual_tensor_decomposition(weight, moments[2][kind], rank, c).error for c in (None, "a")]
         assert errors[0] <= errors[1]
 
@@ -362,9 +287,9 @@ def test_the_bias_gives_back_the_mean_value(constant, rank):
     """A text of one token over and over: values are its mean, and the layer's output is exact in any rank."""
     model = _model()
     attention = model.layers[5].self_attn
-    x = torch.randn(1, 1, 24, generator=_generator(0), dtype=DOUBLE).expand(1, 12, 24)
-    moments = _moments(_heads(attention, "v"))
-    moments.mean = (_heads(attention, "v") @ x[0, 0]).detach()
+    x = torch.randn(1, 1, 24, generator=seeded(0), dtype=DOUBLE).expand(1, 12, 24)
+    moments = random_moments(heads_of(attention, "v"))
+    moments.mean = (heads_of(attention, "v") @ x[0, 0]).detach()
     converted = convert_from_standard_weights(attention, rank_v=rank, constant_v=constant, moments={"v": moments})
     context = AttentionContext(model.config, torch.arange(12)[None])
     torch.testing.assert_close(converted(x, context), attention(x, context), rtol=0, atol=1e-9)
@@ -390,7 +315,7 @@ def test_one_layer_shares_what_is_not_a_factor():
 
 def test_samples_and_moments_reach_their_layer():
     model = _model()
-    sample = _sample(model.layers[5].self_attn, "k", count=1500)
+    sample = random_sample(model.layers[5].self_attn, "k", count=1500)
     student = apply_contextual_tensor_decomposition(model, None, 1, layers=[4, 5], samples={5: sample}, steps=60)
     contexts = [bool(student.get_parameter(f"layers.{i}.self_attn.keys.a.weight").any()) for i in (4, 5)]
     assert contexts == [False, True]

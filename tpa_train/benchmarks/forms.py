@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tpa_train.checkpoints import load_pretrained
+from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import Evaluator
 from tpa_train.factorization.allocation import FORMS, Budget, plan_probes
@@ -53,6 +54,10 @@ class FormsSettings:
 
     model: str = field(metadata={"help": "a checkpoint with several KV heads (scripts/pretrain.py makes one)"})
     data: str = field(metadata={"help": "text to calibrate and recover on, as data.path of train.py"})
+    forms: list[str] = field(
+        default_factory=lambda: list(COMPARED),
+        metadata={"help": "of " + ", ".join(COMPARED) + "; repeat the option for several"},
+    )
     ranks: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "R of the contextual form"})
     seeds: int = field(default=3, metadata={"help": "repetitions: calibration, data order and training"})
     context: int = field(default=2048, metadata={"help": "tokens of a row"})
@@ -83,6 +88,9 @@ def run(settings: FormsSettings) -> list[dict[str, Any]]:
     Raises:
         UserError: the model has one KV head, or an option is at fault.
     """
+    for form in settings.forms:
+        if form not in COMPARED:
+            raise UserError(f"forms={form} is no form of this benchmark{nearest(form, COMPARED)}")
     with tempfile.TemporaryDirectory() as folder:
         session = _session(settings, 0, Path(folder), None)
         rows, cells, metrics = solve(session, settings)
@@ -135,15 +143,16 @@ def solve(session: Session, settings: FormsSettings) -> tuple[list[dict[str, Any
     """
     kept = Path(settings.solved) / "cells.json" if settings.solved else None
     if kept is not None and kept.exists():
-        return _read_solved(kept)
+        return _read_solved(kept, settings.forms)
     config = session.config
     layers = [i for i in range(config.num_layers) if config.is_global(i)]
     calibration, cost = calibrate(session, layers)
     measured = Measured(Bases.of(session.teacher, calibration), {}, cost)
-    _measure_all(session, measured, layers)
+    if {"joint", "mixed"} & set(settings.forms):
+        _measure_all(session, measured, layers)
     rows, cells, metrics = [], [], {}
     for rank in settings.ranks:
-        for form in COMPARED:
+        for form in settings.forms:
             base = {"R": rank, "form": form, "bytes_per_token": contextual_bytes(config, rank)}
             found = best_specs(session, measured, layers, form, rank)
             if isinstance(found, str):
@@ -173,14 +182,19 @@ def _write_solved(path: Path, rows: list[dict[str, Any]], cells: list[Cell], met
     write_text(path, json.dumps(content))
 
 
-def _read_solved(path: Path) -> tuple[list[dict[str, Any]], list[Cell], dict[int, Tensor]]:
+def _read_solved(path: Path, forms: list[str]) -> tuple[list[dict[str, Any]], list[Cell], dict[int, Tensor]]:
     content, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     cells = []
     for number, cell in enumerate(content["cells"]):
         factors = {k.partition(":")[2]: t for k, t in tensors.items() if k.startswith(f"{number}:")}
         cells.append(Cell(cell["R"], cell["form"], [LayerSpec(**s) for s in cell["specs"]], factors, cell["row"]))
+    solved = {row["form"] for row in content["rows"]} | {cell.form for cell in cells}
+    for form in forms:
+        if form not in solved:
+            raise UserError(f"forms={form} was not solved in solved={path.parent}; name another folder to solve it.")
     metrics = {int(k.partition(":")[2]): t for k, t in tensors.items() if k.startswith("metric:")}
-    return content["rows"], cells, metrics
+    rows = [row for row in content["rows"] if row["form"] in forms]
+    return rows, [cell for cell in cells if cell.form in forms], metrics
 
 
 def _one_shot(session: Session, evaluator: Evaluator, cell: Cell) -> list[dict[str, Any]]:
@@ -316,10 +330,10 @@ def _token_errors(session: Session, measured: Measured, layer: int, rank: int) -
     for kind, proj in (("k", attention.k_proj), ("v", attention.v_proj)):
         weight = proj.weight.detach().double().cpu().unflatten(0, (attention.config.num_kv_heads, -1))
         moments = bases.head_moments(attention, layer, kind)
-        for form in ("contextual", "constant_a"):
-            factors = bases.contextual(attention, layer, kind, form, rank)
-            errors[f"{form}_error_{kind}"] = contextual_error(weight, factors, sample, moments, kind)
-        errors[f"oracle_error_{kind}"] = per_token_error(weight, sample, moments, rank, kind)
+        factors = {form: bases.contextual(attention, layer, kind, form, rank) for form in ("contextual", "constant_a")}
+        for form, own in factors.items():
+            errors[f"{form}_error_{kind}"] = contextual_error(weight, own, sample, moments, kind)
+        errors[f"oracle_error_{kind}"] = per_token_error(weight, sample, moments, rank, kind, list(factors.values()))
     return errors
 
 

@@ -10,6 +10,7 @@ moments); in general the two alternate from there (DESIGN §4). The contextual f
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from tpa_train.errors import UserError
 from tpa_train.factorization.contextual_fit import TokenTargets, fit_contextual
 from tpa_train.factorization.latent import output_heads, symmetric_power
 from tpa_train.factorization.stacked import ActivationSample, HeadMoments
+from tpa_train.factorization.token_oracle import best_token_factors
 from tpa_train.gemma3.attention import Attention
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
@@ -32,7 +34,6 @@ SWEEPS = 100  # of the alternation
 IMPROVEMENT = 1e-6  # relative; the alternation stops below it
 METRIC_FLOOR = 1e-11  # of the metric's norm; a direction that never mattered must still have a length
 SOLVER_STEPS = 20  # of conjugate gradients a sweep; one suffices where the metric is separable
-ORACLE_SWEEPS = 5
 PREFIX = {"k": "keys.", "v": "values.", "q": "query_form."}
 PROJECTION = {"k": "k_proj", "v": "v_proj", "q": "q_proj"}
 
@@ -182,12 +183,17 @@ def _basis_given_maps(metric: Tensor, cross: Tensor, moments_y: Tensor, start: T
 
 @torch.no_grad()
 def per_token_error(
-    weight: Tensor, sample: ActivationSample, moments: HeadMoments | None, rank: int, kind: str = "k"
+    weight: Tensor,
+    sample: ActivationSample,
+    moments: HeadMoments | None,
+    rank: int,
+    kind: str = "k",
+    factors: Sequence[dict[str, Tensor]] = (),
 ) -> float:
     """Returns the oracle's error: the best rank-R matrix [G, d] of every token, chosen with the token in hand.
 
-    No contextual form of that rank can do better where all heads have one metric (the SVD is in the heads' average).
-    The error is that of ``contextual_error``.
+    Found by alternating least squares in the metric of ``contextual_error``, which the result compares with: it bounds
+    what contextual factors of that rank can reach, up to local minima, and is never above the error of ``factors``.
 
     Args:
         weight: W_K, W_V or W_Q [G, d, D].
@@ -195,20 +201,18 @@ def per_token_error(
         moments: whose metric counts; a plain squared error when None.
         rank: R.
         kind: "k", "v" or "q".
+        factors: contextual or constant-A factors of this rank to start from as well.
+
+    Raises:
+        UserError: ``factors`` have another rank.
     """
-    targets = TokenTargets(weight, sample, moments, kind)
-    average = torch.einsum("gdge->de", targets.metric) / weight.shape[0]
-    root, inverse = symmetric_power(average, 0.5), symmetric_power(average, -0.5)
-    best = float("inf")
-    # Values may have any constant beside their matrix: it and the matrices alternate, from no constant and the mean.
-    for start in (torch.zeros_like(targets.mean), targets.mean) if targets.centred else (targets.mean,):
-        constant = start
-        for _ in range(ORACLE_SWEEPS if targets.centred else 1):
-            left, values, right = torch.linalg.svd((targets.vectors - constant) @ root, full_matrices=False)
-            low = (left[..., :rank] * values[:, None, :rank]) @ right[:, :rank] @ inverse
-            best = min(best, targets.error(low))
-            constant = targets.missing(low)
-    return best
+    if rank >= min(weight.shape[:2]):
+        return 0.0  # no matrix [G, d] has a higher rank
+    starts = [_token_factors(f, sample, kind) for f in factors]
+    for a, _ in starts:
+        if a.shape[1] != rank:
+            raise UserError(f"factors have rank {a.shape[1]}, but the oracle's is rank={rank}; give those of one rank.")
+    return best_token_factors(TokenTargets(weight, sample, moments, kind), rank, starts)[1]
 
 
 @torch.no_grad()
@@ -227,14 +231,19 @@ def contextual_error(
         moments: whose metric counts; a plain squared error when None.
         kind: "k", "v" or "q".
     """
+    a, b = _token_factors(factors, sample, kind)
+    return TokenTargets(weight, sample, moments, kind).error(a.mT @ b)
+
+
+def _token_factors(factors: dict[str, Tensor], sample: ActivationSample, kind: str) -> tuple[Tensor, Tensor]:
+    """Returns a(x) / R [T, R, G] and b(x) [T, R, d] of the sample's tokens."""
     prefix = PREFIX[kind]
     x, a_bias = sample.x.double(), factors[prefix + "a_bias"].double()
     rank = a_bias.shape[0]
     a = a_bias.expand(len(x), -1, -1)
     if prefix + "a.weight" in factors:
         a = a + (x @ factors[prefix + "a.weight"].double().mT).view_as(a)
-    b = (x @ factors[prefix + "b.weight"].double().mT).unflatten(-1, (rank, -1))
-    return TokenTargets(weight, sample, moments, kind).error(torch.einsum("trg,trd->tgd", a, b) / rank)
+    return a / rank, (x @ factors[prefix + "b.weight"].double().mT).unflatten(-1, (rank, -1))
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
