@@ -117,6 +117,7 @@ def test_a_stream_that_moves_to_another_process_keeps_its_masks(tmp_path):
     rows = PackedDataset(PackedStream(packed(settings_for(tmp_path))), 16)
     first = rows[1]
     again = pickle.loads(pickle.dumps(rows))[1]
+    assert first.pop("row") == again.pop("row") == 1
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
@@ -130,7 +131,7 @@ def test_batches_hold_masks_and_plain_text_none(tmp_path):
         (tmp_path / "notes.txt").write_text("hello world " * 100)
         options = vars(settings_for(tmp_path)) | changes
         data = PackedDataModule(DataSettings(**options), TOKENIZER, 16, 2, progress=False)
-        assert set(next(iter(data.distill_dataloader()))) == {"token_ids", "document_ids"}
+        assert set(next(iter(data.distill_dataloader()))) == {"token_ids", "document_ids", "row"}
         assert PackedStream(data.folder).manifest.version == 1  # as before conversations came
 
 
