@@ -113,6 +113,23 @@ def test_export_of_each_stage(finished, tmp_path, capsys):
     assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
 
 
+def test_export_for_transformers(finished, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    export([f"checkpoint={finished}", f"out={tmp_path / 'hf'}", "format=hf"])
+    assert "transformers" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    ids, student = IDS[:, :20], rebuilt(finished)[0]
+    ours = continue_text(student, student.tokenizer.decode(ids[0].tolist()), max_tokens=12)[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer(student.tokenizer.decode(ids[0].tolist()), return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(text, skip_special_tokens=True) == ours
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "Gemma Terms of Use" in card
+    with pytest.raises(UserError, match="format"):
+        export([f"checkpoint={finished}", f"out={tmp_path / 'x'}", "format=onnx"])
+
+
 def test_export_refuses(finished, tiny, tmp_path):
     before = files(finished)
     with pytest.raises(UserError, match="not a run folder"):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tpa_train.checkpoints.export import export_model, load_export
+from tpa_train.checkpoints.huggingface import huggingface_config
 from tpa_train.checkpoints.shards import SHARD_BYTES, write_weights
 from tpa_train.checkpoints.weights import PADDED_VOCAB_SIZE, VOCAB_SIZE, parameter_shapes
 from tpa_train.cli import choose_device
@@ -35,7 +36,6 @@ from tpa_train.gemma3.processing import pillow
 from tpa_train.gemma3.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer, sentencepiece_model
 from tpa_train.gemma3.vision_config import VisionConfig
 from tpa_train.pipeline import Session, check_against_model, factorize_model
-from tpa_train.pretraining.saving import huggingface_config
 from tpa_train.recipes import compose
 from tpa_train.settings import TrainerSettings
 from tpa_train.trainers import Machine

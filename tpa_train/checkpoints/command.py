@@ -1,4 +1,4 @@
-"""``python scripts/export.py``: an inference folder from a run folder, finished or interrupted."""
+"""``python scripts/export.py``: an inference folder from a run folder, finished or interrupted, in one of FORMATS."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ CHECK_TEXT = (
 )
 
 
+FORMATS = {
+    "native": "for the scripts and the API of this package",
+    "hf": "for transformers with trust_remote_code=True, the cache as small (text side only)",
+}
+
+
 @dataclass
 class ExportArgs:
     checkpoint: str = field(metadata={"help": "folder of a run (scripts/train.py), finished or interrupted."})
@@ -26,6 +32,10 @@ class ExportArgs:
     dtype: str = field(
         default="auto",
         metadata={"help": "auto keeps every weight as it was trained.", "choices": ("auto", "float32", "bfloat16")},
+    )
+    format: str = field(
+        default="native",
+        metadata={"help": "; ".join(f"{name}: {text}" for name, text in FORMATS.items()), "choices": tuple(FORMATS)},
     )
     stage: str | None = field(
         default=None,
@@ -48,14 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         Writes the inference folder of a run: from its latest finished stage, or from the one that is named.
         """,
     )
-    stage, folder = export_run(args.checkpoint, args.out, args.dtype, args.stage)
-    print(f"exported the {stage} model to {folder}")
+    stage, folder = export_run(args.checkpoint, args.out, args.dtype, args.stage, args.format)
+    print(f"exported the {stage} model to {folder} ({FORMATS[args.format]})")
 
 
 def export_run(
-    run: str | Path, out: str | Path, dtype: str = "auto", stage: str | None = None
+    run: str | Path, out: str | Path, dtype: str = "auto", stage: str | None = None, format: str = "native"
 ) -> tuple[str, Path]:
     """Rebuilds the student of the run folder ``run`` and exports it to ``out``; the teacher is loaded anew.
+
+    ``format``: a key of ``FORMATS``.
 
     Returns:
         The reported name of the stage that was exported, and the folder.
@@ -65,6 +77,7 @@ def export_run(
             original model is no longer where it was.
     """
     from tpa_train.checkpoints.export import check_free, export_model
+    from tpa_train.checkpoints.transformers_export import export_transformers
     from tpa_train.evaluation.report import model_card
     from tpa_train.pipeline import Session, model_path
     from tpa_train.recipes import load_settings
@@ -84,7 +97,8 @@ def export_run(
     names = [result.name for result in results]
     # Figures of the exported stage only: a card must not quote what a later stage reached.
     results = results[: names.index(name) + 1] if name in names else []
-    card = model_card(make_report(folder, settings, session.teacher, student, results))
+    card = model_card(make_report(folder, settings, session.teacher, student, results), export_format=format)
     ids = torch.tensor([session.teacher.tokenizer.encode(CHECK_TEXT)[: settings.trainer.context]])
-    written = export_model(student, out, dtype, card, str(model_path(settings).resolve()), check_ids=ids)
-    return name, written
+    if format == "hf":
+        return name, export_transformers(student, out, dtype, card, ids)
+    return name, export_model(student, out, dtype, card, str(model_path(settings).resolve()), check_ids=ids)

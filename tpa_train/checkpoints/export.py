@@ -69,9 +69,7 @@ def export_model(
         raise UserError(f"export.dtype={dtype} is unknown; valid: {', '.join(DTYPES)}.")
     check_free(out)
     parameters = dict(student.named_parameters())
-    for name, parameter in parameters.items():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"'{name}' holds NaN or infinite values; the training diverged, nothing was exported.")
+    check_finite(parameters)
 
     def stored_as(name: str) -> torch.dtype:
         own = parameters[name].dtype
@@ -103,6 +101,13 @@ def export_model(
             (partial / "README.md").write_text(card)
         verify_export(student, partial, exact=dtype != "bfloat16", text=check_ids)
     return out
+
+
+def check_finite(parameters: Mapping[str, Tensor]) -> None:
+    """Raises UserError if a parameter is not finite."""
+    for name, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"'{name}' holds NaN or infinite values; the training diverged, nothing was exported.")
 
 
 def check_free(out: Path) -> None:
@@ -145,19 +150,44 @@ def verify_export(
         UserError: logits differ by more than 1e-3 (``exact``), the KL exceeds what rounding explains, or the vision
             side is not the student's to the bit.
     """
-    if text is None:
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randint(0, student.config.vocab_size, (1, 64), generator=generator)
-    batch = {"token_ids": text} if isinstance(text, Tensor) else text
-    batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    batch = check_batch(student, text)
     stored, parameters = StoredWeights.of(folder), dict(student.named_parameters())
     for name in parameters:
         if name.startswith(VISION) and not torch.equal(parameters[name].cpu(), stored.read(name)):
             raise UserError(f"the exported '{name}' is not the original's; nothing was exported.")
     config, specs = read_config(folder)
+    compare_logits(student, config, specs, stored.read, batch, exact)
+
+
+def check_batch(
+    student: Gemma3ForMultimodalLMwithTPA, text: Tensor | Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Returns ``text`` as a batch on the CPU; a fixed pseudo-random one where there is none."""
+    if text is None:
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randint(0, student.config.vocab_size, (1, 64), generator=generator)
+    batch = {"token_ids": text} if isinstance(text, Tensor) else text
+    return {name: tensor.cpu() for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def compare_logits(
+    student: Gemma3ForMultimodalLMwithTPA,
+    config: Gemma3Config,
+    specs: list[LayerSpec],
+    read: Callable[[str], Tensor],
+    batch: Mapping[str, Tensor],
+    exact: bool,
+) -> None:
+    """Compares ``student`` with the model of ``config`` and ``specs`` whose parameters ``read`` gives by name.
+
+    Raises:
+        UserError: see ``verify_export``.
+    """
+    parameters = dict(student.named_parameters())
     ours = _final_hidden(student.config, student.specs, batch, lambda name: parameters[name].detach())
-    theirs = _final_hidden(config, specs, batch, stored.read)
-    our_head, their_head = student.head_weight.cpu(), stored.read("embed_tokens.weight")
+    theirs = _final_hidden(config, specs, batch, read)
+    our_head, their_head = student.head_weight.cpu(), read("embed_tokens.weight")
     worst = max(float((ours @ a.float().T - theirs @ b.float().T).abs().max())
                 for a, b in zip(our_head.split(32_768), their_head.split(32_768), strict=True))  # fmt: skip
     if exact and not worst <= LOGIT_TOLERANCE:

@@ -141,6 +141,46 @@ def read_config(path: Path, text: dict[str, Any], vocabulary: int) -> Gemma3Conf
     )
 
 
+def huggingface_config(config: Gemma3Config, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns ``config.json``'s content, with RoPE in both spellings that transformers has used (4.50 to 5.x)."""
+    factor = config.rope_scaling_factor
+    scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+    names = {"local": "sliding_attention", "global": "full_attention"}
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": config.max_context,
+        "rms_norm_eps": config.rms_norm_eps,
+        "query_pre_attn_scalar": int(config.query_pre_attn_scalar),  # transformers refuses 64.0
+        "sliding_window": config.sliding_window,
+        "layer_types": [names[kind] for kind in config.layer_kinds],
+        "rope_theta": config.rope_theta,
+        "rope_local_base_freq": config.rope_local_theta,
+        "rope_scaling": None if factor == 1.0 else scaling,
+        "rope_parameters": {
+            "full_attention": scaling | {"rope_theta": config.rope_theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_theta},
+        },
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0 if tokenizer is None else tokenizer.pad_id,
+        "bos_token_id": 2 if tokenizer is None else tokenizer.bos_id,
+        "eos_token_id": 1 if tokenizer is None else tokenizer.eos_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def _text_config(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     model_type = raw.get("model_type", "unnamed")
     if model_type not in _MODEL_TYPES:

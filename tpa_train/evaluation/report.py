@@ -302,16 +302,21 @@ def _one_in(share: float) -> str:
     return f"; one in {round(1 / share):,} differs" if 0 < share < 0.4 else ""
 
 
-def model_card(report: Report, base_model: str | None = None, license_name: str = "gemma") -> str:
+def model_card(
+    report: Report, base_model: str | None = None, license_name: str = "gemma", export_format: str = "native"
+) -> str:
     """Returns README.md for the export folder.
 
     Args:
         report: of the run.
         base_model: Hugging Face id of the original, if known, for the front matter.
         license_name: of the weights.
+        export_format: what the folder is, a key of ``checkpoints.command.FORMATS``.
     """
-    task = "image-text-to-text" if report.multimodal else "text-generation"
-    front = ["---", f"license: {license_name}", f"pipeline_tag: {task}", "library_name: tpa-train"]
+    native = export_format == "native"
+    task = "image-text-to-text" if report.multimodal and native else "text-generation"
+    library = "tpa-train" if native else "transformers"
+    front = ["---", f"license: {license_name}", f"pipeline_tag: {task}", f"library_name: {library}"]
     front += [f"base_model: {base_model}"] if base_model else []
     front += ["tags:", "- gemma3", "- tensor-product-attention", "- kv-cache-compression", "---"]
     cache = report.cache
@@ -325,14 +330,7 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         f"The weights are a derivative of Gemma: their use and distribution are subject to the Gemma Terms of Use at "
         f"{GEMMA_TERMS}. Gemma is provided under and subject to those terms.",
         "## Use",
-        "```python\n"
-        "from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA\n\n"
-        'model = Gemma3ForMultimodalLMwithTPA.from_pretrained("path/to/this/folder")\n'
-        'print(model.generate("The capital of France is", max_tokens=32)[0])\n'
-        + 'print(model.generate("What is this? ", max_tokens=32, images="photo.jpg")[0])\n' * report.multimodal +
-        "```",
-        'or `python scripts/generate.py model=path/to/this/folder prompt="…"`. Other libraries cannot load this '
-        "folder: its attention is not theirs.",
+        *_usage(report, export_format),
     ]
     if report.stages:
         parts += ["## Figures", stage_table(report.stages), _evaluation_line(report)]
@@ -353,6 +351,34 @@ def model_card(report: Report, base_model: str | None = None, license_name: str 
         parts += ["## Layers", layer_table(report.layers)]
     parts += ["## Made by", f"```\n{report.command}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(report: Report, export_format: str) -> list[str]:
+    """Returns how to load the folder, in paragraphs."""
+    if export_format == "native":
+        return [
+            "```python\n"
+            "from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA\n\n"
+            'model = Gemma3ForMultimodalLMwithTPA.from_pretrained("path/to/this/folder")\n'
+            'print(model.generate("The capital of France is", max_tokens=32)[0])\n'
+            + 'print(model.generate("What is this? ", max_tokens=32, images="photo.jpg")[0])\n' * report.multimodal
+            + "```",
+            'or `python scripts/generate.py model=path/to/this/folder prompt="…"`. Other libraries cannot load this '
+            "folder: its attention is not theirs.",
+        ]
+    return [
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "path/to/this/folder"\n'
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        'prompt = tokenizer("The capital of France is", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0], skip_special_tokens=True))\n"
+        "```",
+        "The attention is in `modeling_gemma3_tpa.py` beside this file, for transformers 4.57 or newer; its code is "
+        "what `trust_remote_code=True` agrees to run. Batches are padded on the left, the cache is transformers' "
+        "dynamic one and holds the bytes given above. Text only, and for inference only.",
+    ]
 
 
 def _evaluation_line(report: Report) -> str:

@@ -11,50 +11,10 @@ from safetensors.torch import save_file
 
 from tpa_train.checkpoints import load_pretrained
 from tpa_train.checkpoints.export import new_folder
+from tpa_train.checkpoints.huggingface import huggingface_config
 from tpa_train.errors import UserError
-from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.gemma3.tokenizer import Tokenizer
-
-
-def huggingface_config(config: Gemma3Config, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns ``config.json``'s content, with RoPE in both spellings that transformers has used (4.50 to 5.x)."""
-    factor = config.rope_scaling_factor
-    scaling = {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    names = {"local": "sliding_attention", "global": "full_attention"}
-    return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": config.max_context,
-        "rms_norm_eps": config.rms_norm_eps,
-        "query_pre_attn_scalar": int(config.query_pre_attn_scalar),  # transformers refuses 64.0
-        "sliding_window": config.sliding_window,
-        "layer_types": [names[kind] for kind in config.layer_kinds],
-        "rope_theta": config.rope_theta,
-        "rope_local_base_freq": config.rope_local_theta,
-        "rope_scaling": None if factor == 1.0 else scaling,
-        "rope_parameters": {
-            "full_attention": scaling | {"rope_theta": config.rope_theta},
-            "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_theta},
-        },
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def save_pretrained(
