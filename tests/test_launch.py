@@ -126,6 +126,13 @@ def test_export_for_transformers(finished, tmp_path, capsys):
     assert tokenizer.decode(text, skip_special_tokens=True) == ours
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "trust_remote_code=True" in card and "Gemma Terms of Use" in card
+    export([f"checkpoint={finished}", f"out={tmp_path / 'dense'}", "format=dense"])
+    assert "a cache as large as the original's" in capsys.readouterr().out
+    assert "cache is as large as the original's" in (tmp_path / "dense" / "README.md").read_text()
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():  # apart by the rounding of the student's cache
+        a, b = (logits.log_softmax(-1) for logits in (dense(IDS).logits, student(IDS)))
+    assert (a.exp() * (a - b)).sum(-1).mean() < 0.2
     with pytest.raises(UserError, match="format"):
         export([f"checkpoint={finished}", f"out={tmp_path / 'x'}", "format=onnx"])
 

@@ -119,7 +119,7 @@ def test_assisted_decoding_gives_the_greedy_text(pair):
     """Prompt lookup proposes tokens from the text itself; rejected ones are cropped from the cache."""
     _, model = pair
     ids = tokens(1, 4, seed=4).repeat(1, 4)
-    options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
     greedy = model.generate(ids, **options)
     assert model.generate(ids, prompt_lookup_num_tokens=3, **options).tolist() == greedy.tolist()
 
@@ -131,7 +131,8 @@ def test_a_prompt_in_parts_is_the_prompt(pair):
     cache, parts = None, []
     for part in ids.split((11, 1, 18), dim=1):
         out = model(part, use_cache=True, **({} if cache is None else cache))
-        cache = {key: out[key] for key in ("past_key_values", "cache") if key in out}  # by version
+        key = "cache" if "cache" in out else "past_key_values"  # by version
+        cache = {key: out[key]}
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-3)
 

@@ -22,6 +22,8 @@ CHECK_TEXT = (
 FORMATS = {
     "native": "for the scripts and the API of this package",
     "hf": "for transformers with trust_remote_code=True, the cache as small (text side only)",
+    "dense": "stock Gemma 3 with the factors multiplied out, for whatever loads Gemma 3: the same quality but for the "
+    "rounding of cached numbers, and a cache as large as the original's (text side only)",
 }
 
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """,
     )
     stage, folder = export_run(args.checkpoint, args.out, args.dtype, args.stage, args.format)
-    print(f"exported the {stage} model to {folder} ({FORMATS[args.format]})")
+    print(f"exported the {stage} model to {folder}; format={args.format}: {FORMATS[args.format]}")
 
 
 def export_run(
@@ -76,6 +78,7 @@ def export_run(
         UserError: ``run`` is no run folder, nothing (or not ``stage``) is finished in it, ``out`` is in use, or the
             original model is no longer where it was.
     """
+    from tpa_train.checkpoints.dense_export import check_linear, export_dense
     from tpa_train.checkpoints.export import check_free, export_model
     from tpa_train.checkpoints.transformers_export import export_transformers
     from tpa_train.evaluation.report import model_card
@@ -93,12 +96,16 @@ def export_run(
     settings.trainer.accelerator, settings.trainer.devices, settings.trainer.num_nodes = "cpu", 1, 1
     session = Session(settings, folder.path / "logs")
     student, name = rebuild_student(folder, settings, session.teacher, stage)
+    if format == "dense":
+        check_linear(student)
     results = recorded_results(folder)
     names = [result.name for result in results]
     # Figures of the exported stage only: a card must not quote what a later stage reached.
     results = results[: names.index(name) + 1] if name in names else []
     card = model_card(make_report(folder, settings, session.teacher, student, results), export_format=format)
     ids = torch.tensor([session.teacher.tokenizer.encode(CHECK_TEXT)[: settings.trainer.context]])
+    if format == "dense":
+        return name, export_dense(student, out, dtype, card)
     if format == "hf":
         return name, export_transformers(student, out, dtype, card, ids)
     return name, export_model(student, out, dtype, card, str(model_path(settings).resolve()), check_ids=ids)

@@ -319,10 +319,16 @@ def model_card(
     front = ["---", f"license: {license_name}", f"pipeline_tag: {task}", f"library_name: {library}"]
     front += [f"base_model: {base_model}"] if base_model else []
     front += ["tags:", "- gemma3", "- tensor-product-attention", "- kv-cache-compression", "---"]
-    cache = report.cache
+    cache, dense = report.cache, export_format == "dense"
+    copied = (
+        "The factors of a TPA model multiplied out into a stock Gemma 3, which any program loads. **Its KV cache is as "
+        f"large as the original's** ({_bytes(cache.dense_bytes)} at {cache.context:,} tokens): no gain. All below "
+        "is about the TPA model:"
+    )
     parts = [
         "\n".join(front),
-        f"# {report.model}, Tensor Product Attention form",
+        f"# {report.model}, " + ("dense copy of its " if dense else "") + "Tensor Product Attention form",
+        copied * dense,
         f"Gemma 3 whose KV cache takes {_bytes(cache.tpa_bytes)} at {cache.context:,} tokens instead of "
         f"{_bytes(cache.dense_bytes)} ({cache.ratio:.2f}× smaller), {_making(report.stages)}."
         + (f" The original had the adapter `{report.adapter}` merged into it." if report.adapter else ""),
@@ -366,18 +372,25 @@ def _usage(report: Report, export_format: str) -> list[str]:
             'or `python scripts/generate.py model=path/to/this/folder prompt="…"`. Other libraries cannot load this '
             "folder: its attention is not theirs.",
         ]
+    trust = ", trust_remote_code=True" if export_format == "hf" else ""
+    how = (
+        "The attention is in `modeling_gemma3_tpa.py` beside this file, for transformers 4.57 or newer; its code is "
+        "what `trust_remote_code=True` agrees to run. Batches are padded on the left, the cache is transformers' "
+        "dynamic one and holds the bytes given above. Text only, and for inference only."
+        if export_format == "hf" else
+        "The figures below were measured through the TPA model's rounded cache, which this copy does not have. Where "
+        "`attention_bias` in config.json is true, the output projections have a bias, which llama.cpp cannot hold."
+    )  # fmt: skip
     return [
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "path/to/this/folder"\n'
-        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         'prompt = tokenizer("The capital of France is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0], skip_special_tokens=True))\n"
         "```",
-        "The attention is in `modeling_gemma3_tpa.py` beside this file, for transformers 4.57 or newer; its code is "
-        "what `trust_remote_code=True` agrees to run. Batches are padded on the left, the cache is transformers' "
-        "dynamic one and holds the bytes given above. Text only, and for inference only.",
+        how,
     ]
 
 

@@ -286,11 +286,12 @@ class Gemma3TPAAttention(Gemma3Attention):
         values = self.write_values(hidden_states)
         values = to_bytes(values, self.value_layout) if values else keys[..., :0]
         if cache is not None:
+            known = cache.layers[self.layer_idx :][:1]  # dynamic caches of older versions grow with the first tokens
+            if known and known[0].is_compileable:
+                raise ValueError("Gemma 3 in TPA form needs a dynamic cache; leave cache_implementation out.")
             keys, values = cache.update(keys, values, self.layer_idx)
         past = keys.shape[2] - length
         if past:
-            if getattr(cache.layers[self.layer_idx], "is_compileable", False):
-                raise ValueError("Gemma 3 in TPA form needs a dynamic cache; leave cache_implementation out.")
             before = position_ids[:, :1] - past + torch.arange(past, device=position_ids.device)
             # Padding on the left came before position 0, and is masked.
             rope = self.rope(torch.cat((before, position_ids), dim=1).clamp_min(0))
