@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 
 from tpa_train.cli import choose_device, parse
 from tpa_train.errors import UserError
+from tpa_train.evaluation.harness import run_tasks
 from tpa_train.evaluation.multiple_choice import ChoiceResult, Question, read_questions, score_questions
 from tpa_train.evaluation.report import json_safe, table, versions
 from tpa_train.evaluation.suites import CacheReport, Evaluator, StageResult, cache_report, layer_rows
@@ -64,7 +65,13 @@ class SuiteArgs:
         metadata={"help": "multiple-choice file: JSON lines with context, choices, label, or contexts, continuation, "
         "label."},
     )  # fmt: skip
-    limit: int | None = field(default=None, metadata={"help": "use only the first so many questions of each file."})
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tasks of lm-evaluation-harness, e.g. [arc_easy,hellaswag] (pip install 'tpa-train[eval]')."},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "use only the first so many questions of each file and task."}
+    )
 
 
 @dataclass
@@ -175,6 +182,10 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         }
         for suite in (answer(teacher, student, path, questions, with_bar) for path, questions in suites)
     ]
+    result["tasks"] = {
+        who: run_tasks(model, args.suite.tasks, args.suite.limit, with_bar) if args.suite.tasks else {}
+        for who, model in (("teacher", teacher), ("student", student))
+    }
     result["versions"] = versions()
     return json_safe(result)
 
@@ -354,6 +365,10 @@ def render(result: dict[str, Any]) -> str:
         a, b, name = suite["teacher"], suite["student"], Path(suite["path"]).stem
         rows.append([f"{name}: accuracy", f"{a['accuracy']:.1%}", f"{b['accuracy']:.1%}"])
         rows.append([f"{name}: per character", f"{a['acc_norm']:.1%}", f"{b['acc_norm']:.1%}"])
+    for task, metrics in result["tasks"]["teacher"].items():
+        for metric, value in metrics.items():
+            other = result["tasks"]["student"][task].get(metric)
+            rows.append([f"{task}: {metric.removesuffix(',none')}", _number(value), _number(other)])
     notes = [f"The cache is {cache.ratio:.2f} times smaller."]
     if result["stages"]:
         about, measured = result["evaluation"], result["stages"][1]

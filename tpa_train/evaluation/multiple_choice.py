@@ -138,7 +138,19 @@ def answer_scores(
     batch_tokens: int = BATCH_TOKENS,
     bar: tqdm | None = None,
 ) -> list[float]:
-    """Returns Σ log p(answer token | everything before it) of each text, in nats.
+    """Returns Σ log p(answer token | everything before it) of each text, in nats; as ``scores_and_greedy``."""
+    return scores_and_greedy(model, encoded, head_dtype, autocast, batch_tokens, bar)[0]
+
+
+def scores_and_greedy(
+    model: Any,
+    encoded: Sequence[tuple[list[int], int]],
+    head_dtype: torch.dtype = torch.float32,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    batch_tokens: int = BATCH_TOKENS,
+    bar: tqdm | None = None,
+) -> tuple[list[float], list[bool]]:
+    """Returns Σ log p(answer token | everything before it) of each text, in nats, and whether each is the greedy one.
 
     Args:
         model: dense or converted model.
@@ -148,7 +160,7 @@ def answer_scores(
         bar: progress bar, advanced by one a text.
     """
     device, limit = model.head_weight.device, model.config.max_context
-    scores = [0.0] * len(encoded)
+    scores, greedy = [0.0] * len(encoded), [True] * len(encoded)
     # Long texts first: neighbours are about equally long, and memory peaks in the first batch, not the last.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
     while order:
@@ -170,14 +182,14 @@ def answer_scores(
         with torch.no_grad():
             with autocast():
                 hidden = model.hidden_states(token_ids)
-            nll, _ = score_tokens(
-                hidden[row_index, position - 1], model.head_weight, token_ids[row_index, position], head_dtype
-            )
-        for index, value in zip(owners, nll.tolist(), strict=True):
+            targets = token_ids[row_index, position]
+            nll, best = score_tokens(hidden[row_index, position - 1], model.head_weight, targets, head_dtype)
+        for index, value, hit in zip(owners, nll.tolist(), (best == targets).tolist(), strict=True):
             scores[index] -= value
+            greedy[index] &= hit
         if bar is not None:
             bar.update(len(batch))
-    return scores
+    return scores, greedy
 
 
 def score_questions(
