@@ -58,6 +58,26 @@ def test_without_text(arguments, capsys):
     assert result["stages"] == [] and len(result["suites"]) == 1
 
 
+def test_tasks_of_the_harness_stand_side_by_side(arguments, capsys, monkeypatch):
+    """With a stand-in for lm_eval's run; ``test_harness`` has the rest."""
+    seen = []
+
+    def run_tasks(model, tasks, limit, progress):
+        seen.append((type(model).__name__, tasks, limit))
+        return {"arc": {"acc,none": 0.25 * len(seen)}}
+
+    monkeypatch.setattr(command, "run_tasks", run_tasks)
+    monkeypatch.setattr(command, "load_harness", lambda: None)
+    extra = ["suite.tasks=arc", "suite.tasks=piqa", "suite.limit=2", "tokens=0"]
+    command.main([*arguments, *extra, "json=true"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["tasks"] == {"teacher": {"arc": {"acc,none": 0.25}}, "student": {"arc": {"acc,none": 0.5}}}
+    assert seen == [("Gemma3ForCausalLM", ["arc", "piqa"], 2), ("Gemma3ForMultimodalLMwithTPA", ["arc", "piqa"], 2)]
+    command.main([*arguments, *extra])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "arc: acc" in line]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["0.75", "1"]
+
+
 @pytest.mark.parametrize(
     "extra,message",
     [

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from tpa_train.cli import choose_device, parse
 from tpa_train.errors import UserError
-from tpa_train.evaluation.harness import run_tasks
+from tpa_train.evaluation.harness import load_harness, run_tasks
 from tpa_train.evaluation.multiple_choice import ChoiceResult, Question, read_questions, score_questions
 from tpa_train.evaluation.report import json_safe, table, versions
 from tpa_train.evaluation.suites import CacheReport, Evaluator, StageResult, cache_report, layer_rows
@@ -67,7 +67,7 @@ class SuiteArgs:
     )  # fmt: skip
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "tasks of lm-evaluation-harness, e.g. [arc_easy,hellaswag] (pip install 'tpa-train[eval]')."},
+        metadata={"help": "a task of lm-evaluation-harness, e.g. arc_easy (pip install 'tpa-train[eval]')."},
     )
     limit: int | None = field(
         default=None, metadata={"help": "use only the first so many questions of each file and task."}
@@ -157,6 +157,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     device = choose_device(args.device)
     distances = _distances(args.copy, device)
     _check(args)
+    if args.suite.tasks:
+        load_harness()
     suites = [(path, read_questions(path, args.suite.limit)) for path in args.suite.path]
     folder = export_folder(args.model)
     teacher, student, teacher_path = load_models(folder, args, device)

@@ -111,7 +111,7 @@ def harness_model(model: Any, progress: bool = True) -> Any:
     """
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer; put tokenizer.model beside its weights.")
-    return type("NativeModel", (HarnessMethods, _lm_eval().api.model.LM), {})(model, progress)
+    return type("NativeModel", (HarnessMethods, load_harness().api.model.LM), {})(model, progress)
 
 
 def run_tasks(model: Any, tasks: Sequence[str], limit: int | None = None, progress: bool = True) -> dict[str, dict]:
@@ -126,7 +126,7 @@ def run_tasks(model: Any, tasks: Sequence[str], limit: int | None = None, progre
     Raises:
         UserError: lm_eval is not installed or knows no such task.
     """
-    harness = _lm_eval()
+    harness = load_harness()
     try:
         found = harness.simple_evaluate(model=harness_model(model, progress), tasks=list(tasks), limit=limit)
     except (KeyError, ValueError) as error:
@@ -137,7 +137,12 @@ def run_tasks(model: Any, tasks: Sequence[str], limit: int | None = None, progre
     }
 
 
-def _lm_eval() -> Any:
+def load_harness() -> Any:
+    """Returns the module ``lm_eval``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import lm_eval
         import lm_eval.api.model
