@@ -27,7 +27,7 @@ from tpa_train.recovery import recover
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 
 # Options that only a run folder gives a meaning; accepting them silently would promise something.
-_OF_RUNS = ("run_dir", "resume", "evaluation", "export", "logger", "model")
+_OF_RUNS = ("run_dir", "resume", "evaluation", "export", "logger", "model", "dry_run", "peers")
 
 
 def load_pretrained(
@@ -145,6 +145,6 @@ def _session(teacher: Gemma3ForCausalLM, options: tuple[str, ...], scratch: str)
     settings = compose(list(options))
     # Evaluation is not run here: its defaults must not refuse a model of small context.
     settings.evaluation.copy, settings.evaluation.context = [], 1
-    session = Session(settings, Path(scratch), teacher)
+    session = Session(settings, Path(scratch) / "logs", teacher)
     check_against_model(settings, teacher.config)
     return session

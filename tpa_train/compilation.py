@@ -25,15 +25,24 @@ def compiled(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
     them takes a GPU. Afterwards ``owner`` is what it was: what is measured next has other shapes, and would be compiled
     for each of them.
     """
-    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES)
     for name in names:
         vars(owner)[name] = torch.compile(getattr(owner, name), dynamic=False)
     try:
-        with limits:
+        with many_graphs():
             yield
     finally:
         for name in names:
             del vars(owner)[name]  # the class's own method shows again
+
+
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """Inside the context a function may have many compiled graphs, which are forgotten afterwards."""
+    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES)
+    try:
+        with limits:
+            yield
+    finally:
         torch.compiler.reset()  # graphs that nobody will call again
 
 
@@ -47,6 +56,8 @@ def stage_forwards(module: RecoveryModule, options: TrainerSettings, sharded: bo
     with ExitStack() as stack:
         if sharded or options.activation_checkpointing:
             compiles = sharded and options.compile
+            if compiles:
+                stack.enter_context(many_graphs())
             stack.enter_context(wrapped_forwards(layers, compiles, options.activation_checkpointing))
         if options.compile and not sharded:
             stack.enter_context(compiled(module, module.passes))

@@ -17,6 +17,7 @@ import torch
 
 from tpa_train.checkpoints import open_checkpoint
 from tpa_train.checkpoints.weights import parameter_shapes
+from tpa_train.checks import check_settings
 from tpa_train.distillation.layerwise import LayerwiseModule
 from tpa_train.distillation.modules import SCOPES
 from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_probes
@@ -24,7 +25,7 @@ from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.memory_trace import StageTrace, TracedEndToEnd, TracedModels, tracing
-from tpa_train.pipeline import budget_of, check_against_model, check_settings, model_path, steps_of
+from tpa_train.pipeline import budget_of, check_against_model, model_path, steps_of
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 from tpa_train.trainers import Machine, choose_machine, host_memory
@@ -138,7 +139,9 @@ class Estimator:
     """
 
     def __init__(self, settings: RunSettings, machine: Machine, config: Gemma3Config, process: int) -> None:
-        self.settings, self.machine, self.config, self.process = settings, machine, config, process
+        # Images are few among the tokens, and their tower has no part in training: the text side decides.
+        self.settings, self.machine, self.process = settings, machine, process
+        self.config = replace(config, vision=None)
         self.budget = budget_of(settings, config)
         self.specs = likely_specs(config, self.budget)
         self.rate = block_rate(machine, config) * EFFICIENCY

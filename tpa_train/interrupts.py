@@ -128,8 +128,10 @@ class SaveAndStop(L.Callback):
             trainer.should_stop = True
 
     def _observe(self, trainer: L.Trainer) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:
+            return  # nothing new was logged, and reading a loss waits for the device
         metrics = trainer.callback_metrics
-        loss = metrics.get("kl", metrics.get("loss"))
+        loss = next((metrics[name] for name in ("kl", "output_loss", "loss") if name in metrics), None)
         if loss is not None and is_first():
             self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * float(loss)
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)

@@ -329,8 +329,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with one_voice():
         if any(a in MULTIRUN for a in argv):
-            if "dry_run=true" in argv:
-                raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
             from tpa_train.sweep import main as sweep  # it runs what is defined here
 
             return sweep([a for a in argv if a not in MULTIRUN])

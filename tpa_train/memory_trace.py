@@ -127,7 +127,7 @@ class StageTrace:
 class TracedModels:
     """Teacher and student without data, and what they are run with.
 
-    Use inside ``tracing``. ``batch`` and ``context``: B and L of a training batch.
+    Use inside ``tracing``.
     """
 
     config: Gemma3Config

@@ -1,6 +1,6 @@
 """From a pretrained model to a converted, recovered one: the steps, each usable on its own.
 
-``Session`` holds what they share (machine, data, settings). ``run`` in ``tpa_train.launch`` strings them together and
+``Session`` holds what they share (machine, data, settings). ``Run`` in ``tpa_train.launch`` strings them together and
 keeps the run folder.
 """
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from tpa_train.checkpoints import find_default, load_pretrained
+from tpa_train.checks import check_settings
 from tpa_train.data.datamodule import PackedDataModule
-from tpa_train.distillation.divergence import Divergence
-from tpa_train.distillation.modules import SCOPES
 from tpa_train.distributed.launching import local_rank
 from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
-from tpa_train.errors import UserError, nearest
+from tpa_train.errors import UserError
 from tpa_train.factorization.allocation import (
     FORMS,
     Budget,
@@ -41,13 +40,12 @@ from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.settings import RunSettings
-from tpa_train.teacher import check_teacher_cache, check_top_k
+from tpa_train.teacher import check_top_k
 from tpa_train.texts import data_module, sensitivity_text
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import Machine, check_logger, choose_machine, make_trainer, release_memory
+from tpa_train.trainers import Machine, choose_machine, make_trainer, release_memory
 
-STAGES = ("factorize", "layerwise", "distill")
 BALANCES = (0.25, 1.0, 4.0)  # tried for the joint latent, times the ratio of the measured slopes of V and K
 
 
@@ -162,48 +160,6 @@ def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
 def model_path(settings: RunSettings) -> Path:
     """Returns the checkpoint that the settings name, finding the packaged model if none is given."""
     return Path(settings.model.path) if settings.model.path else find_default(settings.model.name)
-
-
-def check_settings(settings: RunSettings) -> None:
-    """Refuses what cannot work, naming the option.
-
-    Raises:
-        UserError: see the message.
-    """
-    recipe, trainer = settings.recipe, settings.trainer
-    check_logger(settings.logger)
-    for stage in recipe.stages:
-        if stage not in STAGES:
-            raise UserError(f"recipe.stages: '{stage}' is no stage{nearest(stage, STAGES)}")
-    if not recipe.stages or recipe.stages[0] != "factorize":
-        raise UserError("recipe.stages must begin with factorize: there is nothing to recover before it.")
-    if trainer.offload and (recipe.stages != ["factorize"] or trainer.devices != 1 or trainer.num_nodes != 1):
-        raise UserError("trainer.offload=true is for recipe=factorize on one device: training needs the layers there.")
-    if recipe.distill.scope not in SCOPES:
-        scope = recipe.distill.scope
-        raise UserError(f"recipe.distill.scope={scope} is unknown{nearest(scope, SCOPES)}")
-    if not 0 <= recipe.distill.ema < 1:
-        raise UserError(f"recipe.distill.ema={recipe.distill.ema:g} must be at least 0 (no average) and below 1.")
-    try:
-        Divergence.of(recipe.distill)
-    except UserError as error:
-        raise UserError(f"recipe.distill.{error}") from error
-    check_teacher_cache(settings)
-    if settings.export.dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(
-            f"export.dtype={settings.export.dtype} is unknown"
-            f"{nearest(settings.export.dtype, ('auto', 'float32', 'bfloat16'))}"
-        )
-    positive = {
-        "trainer.context": trainer.context, "trainer.batch_size": trainer.batch_size,
-        "trainer.accumulate": trainer.accumulate, "recipe.calibration.tokens": recipe.calibration.tokens,
-        "recipe.calibration.sensitivity_tokens": recipe.calibration.sensitivity_tokens,
-        "recipe.distill.kl_every": recipe.distill.kl_every, "evaluation.tokens": settings.evaluation.tokens,
-        "evaluation.context": settings.evaluation.context,
-    }  # fmt: skip
-    for option, value in positive.items():
-        if value < 1:
-            raise UserError(f"{option}={value} must be at least 1.")
 
 
 def check_against_model(settings: RunSettings, config: Gemma3Config) -> None:

@@ -175,6 +175,11 @@ def _resumed(settings: RunSettings, argv: list[str]) -> RunSettings:
         if group == "trainer" and option in _LAYOUT:
             setattr(resumed.trainer, option, getattr(settings.trainer, option))
             continue
+        if key == "trainer" and argument.partition("=")[2] in ("ddp", "fsdp2"):
+            raise UserError(
+                f"resume=true: {argument} is a choice of many options; name those that change, such as "
+                "trainer.devices=2 trainer.strategy=fsdp2."
+            )
         compared = _IDENTITY.get(key, key)
         ours, theirs = (OmegaConf.select(c, compared) for c in (asked, stored))
         if ours != theirs and "auto" not in (ours, theirs):  # what auto came to was stored

@@ -107,7 +107,7 @@ class TeacherSettings:
     folder: str | None = None
     # topk: how many tokens of each position
     top_k: int = 64
-    # auto (hidden: what the head computes in, which loses nothing; topk: float32), float32, bfloat16 or float16
+    # auto (float32: the loss starts from the small difference of two hidden states), float32, bfloat16 or float16
     dtype: str = "auto"
 
 

@@ -161,6 +161,8 @@ class Sweep:
         self.jobs = plan(self.options)
         # Everything is composed before anything runs: a typo in the last job must not cost the first ones.
         self._settings = [self._settings_of(job) for job in self.jobs]
+        if any(settings.dry_run for settings in self._settings):
+            raise UserError("dry_run=true speaks of one run; leave --multirun and the further values out.")
         if not own["run_dir"]:
             self.folder = _default_folder(self._settings[0])
         for job, settings in zip(self.jobs, self._settings, strict=True):

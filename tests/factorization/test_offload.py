@@ -6,11 +6,11 @@ from multimodal_models import VISION, random_multimodal
 from random_models import small_config
 from test_streaming import BATCH, SEED, _calibrated
 
+from tpa_train.checks import check_settings
 from tpa_train.errors import UserError
 from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.layers import lent
-from tpa_train.pipeline import check_settings
 from tpa_train.recipes import compose
 
 

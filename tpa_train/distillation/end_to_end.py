@@ -37,7 +37,8 @@ class EndToEndModule(RecoveryModule):
     """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
 
     A batch may carry ``loss_mask`` [B, L], float or bool: the weight of what is predicted at each position. It weights
-    the output loss only: hidden states matter wherever later positions attend to.
+    the tokens of the output loss; hidden states, which later positions attend to, count everywhere in a batch, and a
+    batch counts by its tokens that do.
 
     Args (beyond ``RecoveryModule``'s):
         hidden_weight: of the mean normalised hidden-state error at the first step.
@@ -52,7 +53,7 @@ class EndToEndModule(RecoveryModule):
         cache: what the teacher says of every row; it then does not run. ``hidden_weight`` must be 0.
     """
 
-    stage, passes = "distilled", ("teacher_pass", "student_pass")
+    stage, passes, masked = "distilled", ("teacher_pass", "student_pass"), True
 
     def __init__(
         self,

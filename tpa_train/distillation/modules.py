@@ -99,6 +99,7 @@ class RecoveryModule(L.LightningModule):
     """
 
     stage: str
+    masked = False  # whether a batch's ``loss_mask`` says which tokens its loss is the mean of
     passes: tuple[str, ...]  # names of the methods that a step spends its time in, to be compiled
 
     def __init__(
@@ -224,10 +225,11 @@ class RecoveryModule(L.LightningModule):
     def _weighted(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Returns the mean ``loss`` of a batch times the share of its tokens that count (``loss_mask`` [B, L]).
 
-        A step averages over its batches, of all processes. That is the mean over tokens as long as every batch counts
-        equally many; otherwise ``_normalise_by_tokens`` makes it so, once the step's counts are known.
+        Stages that compare every token leave it as it is. A step averages over its batches, of all processes. That is
+        the mean over tokens as long as every batch counts equally many; otherwise ``_normalise_by_tokens`` makes it so,
+        once the step's counts are known.
         """
-        mask = batch.get("loss_mask")
+        mask = batch.get("loss_mask") if self.masked else None
         if mask is None:
             return loss
         share = mask.to(loss.dtype).mean()
@@ -240,10 +242,10 @@ class RecoveryModule(L.LightningModule):
             return
         batches = len(self._counted) * world_size()
         shares = sum_over_processes(torch.stack(self._counted).sum())
-        factor = batches / shares.clamp_min(torch.finfo(shares.dtype).tiny)
+        factor = batches / float(shares) if float(shares) > 0 else 0.0  # nothing counted: nothing is learned
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(float(factor))
+                parameter.grad.mul_(factor)
         self._counted = []
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

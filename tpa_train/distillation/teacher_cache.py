@@ -63,8 +63,8 @@ class TeacherCache:
         folder: of the cache; made when something is written.
         mode: "hidden" or "topk".
         top_k: k, for "topk".
-        dtype: of hidden states or log-probabilities. Hidden states in the head's dtype lose nothing: the head's product
-            takes its operands in that dtype anyway.
+        dtype: of hidden states or log-probabilities. The loss starts from the difference of both models' hidden states,
+            which rounded ones would spoil where the student is close.
         identity: what else decides the content: the values of ``_MEANING``'s other keys.
 
     Raises:
