@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from tpa_train.benchmarks.record import table_of
 from tpa_train.checkpoints.huggingface import huggingface_config
+from tpa_train.checks import STAGES
 from tpa_train.errors import UserError
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.pipeline import STAGES, Session, factorize_model
+from tpa_train.pipeline import Session, factorize_model
 from tpa_train.recipes import compose
 from tpa_train.recovery import recover
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
