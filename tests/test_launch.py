@@ -120,7 +120,7 @@ def test_export_for_transformers(finished, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     ids, student = IDS[:, :20], rebuilt(finished)[0]
     ours = continue_text(student, student.tokenizer.decode(ids[0].tolist()), max_tokens=12)[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     prompt = tokenizer(student.tokenizer.decode(ids[0].tolist()), return_tensors="pt")
     text = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(text, skip_special_tokens=True) == ours

@@ -386,7 +386,7 @@ def _usage(report: Report, export_format: str) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "path/to/this/folder"\n'
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
         'prompt = tokenizer("The capital of France is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0], skip_special_tokens=True))\n"
         "```",
