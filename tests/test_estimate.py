@@ -152,13 +152,15 @@ def test_traced_models_are_as_large_as_real_ones(composed, tiny):
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from tpa_train.estimate import Estimator, process_memory
 from tpa_train.launch import main
 from tpa_train.recipes import compose
 process = process_memory()
 assert main(sys.argv[1:]) == 0
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: that remembers the process which this one was forked from.
+status = dict(line.split(':', 1) for line in open('/proc/self/status'))
+peak = int(status['VmHWM'].split()[0]) * 1024
 from tpa_train.checkpoints import open_checkpoint
 from tpa_train.trainers import choose_machine
 settings = compose(sys.argv[1:])

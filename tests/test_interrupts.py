@@ -25,7 +25,9 @@ def test_the_checkpoint_of_the_lowest_smoothed_loss_is_kept(tmp_path, monkeypatc
 
     def run(callback, losses, first=0):
         for step, metrics in enumerate(losses, first):
-            trainer = SimpleNamespace(accumulate_grad_batches=1, step=step, should_stop=False)
+            trainer = SimpleNamespace(
+                accumulate_grad_batches=1, step=step, global_step=step, log_every_n_steps=1, should_stop=False
+            )
             trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
             callback.on_train_batch_end(trainer, None, None, None, step)
 
