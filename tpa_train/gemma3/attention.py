@@ -129,13 +129,13 @@ def attend(
     elif documents is not None and len(documents.cu_seqlens) > q.shape[0] + 1:
         out = _attend_segments(q, k, v, scale, documents)
     else:
-        out = _sdpa(q, k, v, scale, is_causal=True)
+        out = sdpa(q, k, v, scale, is_causal=True)
     if images is not None:
         out = _attend_images(out, q, k, v, scale, window, images)
     return out[..., :value_dim]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """SDPA on [B, L, heads, d] tensors; ``mask`` broadcasts to [B, H, L, S], True where attention is allowed."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
@@ -164,7 +164,7 @@ def _attend_segments(q, k, v, scale, documents: Documents) -> Tensor:
     rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
     for row, start, end in documents.segments():
         part = (slice(row, row + 1), slice(start, end))
-        rows[row].append(_sdpa(q[part], k[part], v[part], scale, is_causal=True))
+        rows[row].append(sdpa(q[part], k[part], v[part], scale, is_causal=True))
     return torch.cat([torch.cat(parts, dim=1) for parts in rows], dim=0)
 
 
@@ -193,7 +193,7 @@ def _attend_banded(q, k, v, scale, window: int, documents: Documents | None) -> 
         mask = mask & (queries(documents.ids)[:, :, None] == keys(documents.ids)[:, None, :]).unflatten(
             0, (batch, blocks)
         )
-    out = _sdpa(queries(q), keys(k), keys(v), scale, mask.flatten(0, 1)[:, None])
+    out = sdpa(queries(q), keys(k), keys(v), scale, mask.flatten(0, 1)[:, None])
     return out.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
 
@@ -212,7 +212,7 @@ def _attend_images(out: Tensor, q, k, v, scale, window: int | None, images: Imag
             query = torch.arange(start, end, device=q.device)[:, None]
             mask = (torch.arange(begin, end, device=q.device)[None, :] > query - window)[None, None]
         queries, keys = (slice(row, row + 1), slice(start, end)), (slice(row, row + 1), slice(begin, end))
-        parts.append(_sdpa(q[queries], k[keys], v[keys], scale, mask)[0])
+        parts.append(sdpa(q[queries], k[keys], v[keys], scale, mask)[0])
     return out.index_put(images.places, torch.cat(parts).to(out.dtype))
 
 
@@ -303,4 +303,4 @@ class Attention(nn.Module):
         if context.images is not None and mask is not None:  # the new tokens are the last of those seen
             new = mask[..., -x.shape[1] :] | context.images.future
             mask = torch.cat((mask[..., : -x.shape[1]].expand(*new.shape[:3], -1), new), dim=-1)
-        return self.output(_sdpa(q, k, v, self.config.scale, mask))
+        return self.output(sdpa(q, k, v, self.config.scale, mask))
