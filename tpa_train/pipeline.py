@@ -106,6 +106,8 @@ class Session:
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
+        if isinstance(model, Gemma3ForMultimodalLMwithTPA):  # one not converted, or an export's file as model.path
+            model.check_dense()
         model.requires_grad_(False)
         if not self.settings.trainer.offload:
             return model.to(self.machine.device)

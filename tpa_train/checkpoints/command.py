@@ -1,4 +1,4 @@
-"""``python scripts/export.py``: an inference folder from a run folder, finished or interrupted, in one of FORMATS."""
+"""``python scripts/export.py``: an inference folder or file from a run folder, finished or not, in one of FORMATS."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tpa_train.cli import parse
+from tpa_train.errors import UserError
 
 # Logits are compared on this text (and it is long enough to leave the windows of small models).
 CHECK_TEXT = (
@@ -24,17 +25,20 @@ FORMATS = {
     "hf": "for transformers with trust_remote_code=True, the cache as small (text side only)",
     "dense": "stock Gemma 3 with the factors multiplied out, for whatever loads Gemma 3: the same quality but for the "
     "rounding of cached numbers, and a cache as large as the original's (text side only)",
+    "gguf": "the same stock Gemma 3 in one GGUF file, for llama.cpp and what is built on it",
 }
+MULTIPLIED_OUT = ("dense", "gguf")
 
 
 @dataclass
 class ExportArgs:
     checkpoint: str = field(metadata={"help": "folder of a run (scripts/train.py), finished or interrupted."})
-    out: str = field(metadata={"help": "folder to write; must not exist or be empty."})
+    out: str = field(metadata={"help": "folder to write, which must not exist or be empty; format=gguf: a file."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "auto keeps every weight as it was trained.", "choices": ("auto", "float32", "bfloat16")},
-    )
+        metadata={"help": "auto keeps every weight as it was trained; float16 is for format=gguf.",
+                  "choices": ("auto", "float32", "bfloat16", "float16")},
+    )  # fmt: skip
     format: str = field(
         default="native",
         metadata={"help": "; ".join(f"{name}: {text}" for name, text in FORMATS.items()), "choices": tuple(FORMATS)},
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.argv[1:] if argv is None else argv,
         "python scripts/export.py",
         """
-        Writes the inference folder of a run: from its latest finished stage, or from the one that is named.
+        Writes the model of a run for inference: from its latest finished stage, or from the one that is named.
         """,
     )
     stage, folder = export_run(args.checkpoint, args.out, args.dtype, args.stage, args.format)
@@ -72,7 +76,7 @@ def export_run(
     ``format``: a key of ``FORMATS``.
 
     Returns:
-        The reported name of the stage that was exported, and the folder.
+        The reported name of the stage that was exported, and the folder (the file, of format=gguf).
 
     Raises:
         UserError: ``run`` is no run folder, nothing (or not ``stage``) is finished in it, ``out`` is in use, or the
@@ -80,6 +84,7 @@ def export_run(
     """
     from tpa_train.checkpoints.dense_export import check_linear, export_dense
     from tpa_train.checkpoints.export import check_free, export_model
+    from tpa_train.checkpoints.gguf_export import check_free_file, export_gguf
     from tpa_train.checkpoints.transformers_export import export_transformers
     from tpa_train.evaluation.report import model_card
     from tpa_train.pipeline import Session, model_path
@@ -91,19 +96,23 @@ def export_run(
     settings = load_settings(run)
     folder = RunFolder(Path(run), resume=True)
     check_finished(folder, settings, stage)
-    check_free(Path(out))
+    if dtype == "float16" and format != "gguf":
+        raise UserError(f"dtype=float16 is for format=gguf; format={format} takes float32 or bfloat16.")
+    (check_free_file if format == "gguf" else check_free)(Path(out))
     # A run's GPUs are not needed to copy weights.
     settings.trainer.accelerator, settings.trainer.devices, settings.trainer.num_nodes = "cpu", 1, 1
     session = Session(settings, folder.path / "logs")
     student, name = rebuild_student(folder, settings, session.teacher, stage)
-    if format == "dense":
+    if format in MULTIPLIED_OUT:
         check_linear(student)
+    ids = torch.tensor([session.teacher.tokenizer.encode(CHECK_TEXT)[: settings.trainer.context]])
+    if format == "gguf":
+        return name, export_gguf(student, out, dtype, ids)
     results = recorded_results(folder)
     names = [result.name for result in results]
     # Figures of the exported stage only: a card must not quote what a later stage reached.
     results = results[: names.index(name) + 1] if name in names else []
     card = model_card(make_report(folder, settings, session.teacher, student, results), export_format=format)
-    ids = torch.tensor([session.teacher.tokenizer.encode(CHECK_TEXT)[: settings.trainer.context]])
     if format == "dense":
         return name, export_dense(student, out, dtype, card)
     if format == "hf":

@@ -178,14 +178,17 @@ def compare_logits(
     read: Callable[[str], Tensor],
     batch: Mapping[str, Tensor],
     exact: bool,
+    own_specs: list[LayerSpec] | None = None,
 ) -> None:
     """Compares ``student`` with the model of ``config`` and ``specs`` whose parameters ``read`` gives by name.
+
+    ``own_specs``: the student's with other cache widths, where what was written rounds less.
 
     Raises:
         UserError: see ``verify_export``.
     """
     parameters = dict(student.named_parameters())
-    ours = _final_hidden(student.config, student.specs, batch, lambda name: parameters[name].detach())
+    ours = _final_hidden(student.config, own_specs or student.specs, batch, lambda name: parameters[name].detach())
     theirs = _final_hidden(config, specs, batch, read)
     our_head, their_head = student.head_weight.cpu(), read("embed_tokens.weight")
     worst = max(float((ours @ a.float().T - theirs @ b.float().T).abs().max())

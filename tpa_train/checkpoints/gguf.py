@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from tpa_train.checkpoints.weights import Checkpoint, Source, Weight, naming, vo
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, sentencepiece_model
+from tpa_train.tpa.spec import LayerSpec, dense_specs
 
+ARCHITECTURE = "gemma3"
 _GLOBAL_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -42,6 +45,8 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+VALUE_BIAS = "v_proj.bias"  # of llama.cpp's Gemma 3, not of Google's: a dense export may have it
+_STORED_BIAS = "attn_v.bias"
 _FLOAT_TYPES = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _CHUNK = 1 << 19  # weights dequantized at a time; measured: smaller is slower, larger only takes memory
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -181,8 +186,8 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     file = GGUFFile(path)
     architecture = file.metadata.get("general.architecture", "unnamed")
-    if architecture != "gemma3":
-        raise UserError(f"{path} holds a '{architecture}' model, not 'gemma3'.")
+    if architecture != ARCHITECTURE:
+        raise UserError(f"{path} holds a '{architecture}' model, not '{ARCHITECTURE}'.")
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{path} is one part of a split GGUF; join the parts with `llama-gguf-split --merge` first.")
 
@@ -204,17 +209,21 @@ def open_gguf(path: Path) -> Checkpoint:
     with naming(path):
         config = read_config(file, vocabulary)
         tokenizer = read_tokenizer(file)
+    specs = _with_value_biases(weights, config)
     return Checkpoint(
         source=Source(path, "gguf", f"GGUF, {label} (dequantized)" if quantized else f"GGUF, {label}", quantized),
         config=config,
         weights=weights,
         tokenizer=tokenizer,
         unknown=tuple(unknown),
+        specs=specs,
     )
 
 
 def weight_name(stored: str) -> str | None:
     """Returns our name for a GGUF tensor name (blk.3.attn_q.weight), or None if Gemma 3 has no such tensor."""
+    if match := re.fullmatch(rf"blk\.(\d+)\.{re.escape(_STORED_BIAS)}", stored):
+        return f"layers.{match[1]}.self_attn.{VALUE_BIAS}"
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", stored):
         layer, part = match.groups()
         return f"layers.{layer}.{_LAYER_NAMES[part]}.weight" if part in _LAYER_NAMES else None
@@ -222,11 +231,64 @@ def weight_name(stored: str) -> str | None:
     return f"{_GLOBAL_NAMES[part]}.weight" if part in _GLOBAL_NAMES and part != stored else None
 
 
+def stored_name(name: str) -> str:
+    """Returns the GGUF name of a dense model's parameter (layers.3.self_attn.q_proj.weight)."""
+    if name.endswith(VALUE_BIAS):
+        return f"blk.{name.split('.')[1]}.{_STORED_BIAS}"
+    parts = {ours: stored for stored, ours in (_GLOBAL_NAMES | _LAYER_NAMES).items()}
+    part = name.removesuffix(".weight")
+    if part.startswith("layers."):
+        _, layer, part = part.split(".", 2)
+        return f"blk.{layer}.{parts[part]}.weight"
+    return f"{parts[part]}.weight"
+
+
+def score_scalar(hidden: int, heads: int, layers: int, head_dim: int) -> float:
+    """Returns query_pre_attn_scalar as llama.cpp derives it from the sizes (src/llama-model.cpp, LLM_ARCH_GEMMA3)."""
+    return hidden / heads if layers == 62 else float(head_dim)
+
+
+def _with_value_biases(weights: dict[str, Weight], config: Gemma3Config) -> list[LayerSpec] | None:
+    """Names the weights of layers whose values have a bias as those of a latent form, which is what they are then.
+
+    Latents of rank head_dim, cached less a ``center``, which is the bias with its sign turned.
+
+    Returns:
+        One specification a layer, or None if no layer has a bias (a layer that lacks its weights is left as it is).
+    """
+    biased = {int(name.split(".")[1]): name for name in weights if name.endswith(VALUE_BIAS)}
+    if not biased:
+        return None
+    specs, width = dense_specs(config), config.head_dim
+    for layer, name in biased.items():
+        if layer >= config.num_layers:
+            continue
+        specs[layer] = LayerSpec("dense", width, "latent", width)
+        prefix = f"layers.{layer}.self_attn."
+        for stored, ours in (("k_proj.", "keys.proj."), ("k_norm.", "keys.norm."),
+                             ("v_proj.", "values.down."), ("o_proj.", "values.out.")):  # fmt: skip
+            if (weight := weights.pop(f"{prefix}{stored}weight", None)) is not None:
+                weights[f"{prefix}{ours}weight"] = weight
+        bias = weights.pop(name)
+        shape = (config.num_kv_heads, width)
+        weights[prefix + "values.center"] = Weight(shape, partial(_center, bias, shape), bias.stored_as)
+        none = (config.hidden_size,)
+        weights[prefix + "values.bias"] = Weight(none, partial(_zeros, none), bias.stored_as)
+    return specs
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _center(bias: Weight, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    return -bias.read(dtype).view(shape)
+
+
 def read_config(file: GGUFFile, vocabulary: int) -> Gemma3Config:
     """Builds the configuration from the ``gemma3.*`` metadata.
 
-    What llama.cpp keeps in code instead of in the file is repeated here (src/llama-model.cpp, LLM_ARCH_GEMMA3): the
-    local RoPE base, and that the 62-layer size scales its scores by hidden size / heads instead of head_dim.
+    What llama.cpp keeps in code instead of in the file is repeated here: the local RoPE base, and ``score_scalar``.
     """
 
     def get(key: str, default: Any = None) -> Any:
@@ -250,7 +312,7 @@ def read_config(file: GGUFFile, vocabulary: int) -> Gemma3Config:
     if score_scale:
         query_scalar = score_scale**-2
     else:
-        query_scalar = hidden / heads if layers == 62 else float(head_dim)
+        query_scalar = score_scalar(hidden, heads, layers, head_dim)
     return Gemma3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -19,6 +19,7 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.gemma3.tokenizer import Tokenizer
+from tpa_train.tpa.spec import LayerSpec
 
 VOCAB_SIZE = 262_144
 PADDED_VOCAB_SIZE = 262_208  # multimodal checkpoints: 64 more rows, one an image placeholder, the others padding
@@ -74,6 +75,8 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
     unknown: tuple[str, ...] = field(default=())
     """Names in the file that the adapter could not place; a model that ignored them would not be the one saved."""
+    specs: list[LayerSpec] | None = None
+    """Of the layers, where the file holds what no original does; names are then those of the model with these."""
 
 
 @contextmanager
@@ -99,6 +102,16 @@ def parameter_shapes(config: Gemma3Config) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Gemma3ForCausalLM(config).state_dict().items()}
 
 
+def _empty_model(checkpoint: Checkpoint) -> Gemma3ForCausalLM:
+    """Returns the model that the checkpoint describes, without storage for its parameters."""
+    from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA  # it imports this package
+
+    with torch.device("meta"):
+        if checkpoint.specs is None:
+            return Gemma3ForCausalLM(checkpoint.config)
+        return Gemma3ForMultimodalLMwithTPA(checkpoint.config, checkpoint.specs)
+
+
 def build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Gemma3ForCausalLM:
@@ -111,7 +124,8 @@ def build_model(
             the embedding has rows.
     """
     where = checkpoint.source.path
-    expected = parameter_shapes(checkpoint.config)
+    model = _empty_model(checkpoint)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     _check_names(checkpoint, expected)
     for name, shape in expected.items():
         weight = checkpoint.weights[name]
@@ -136,12 +150,10 @@ def build_model(
         if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             raise UserError(f"{where}: weight {weight.stored_as} holds NaN or Inf{_overflow_hint(dtype)}.")
         state[name] = tensor.to(device)
-    with torch.device("meta"):
-        model = Gemma3ForCausalLM(checkpoint.config)
     model.load_state_dict(state, assign=True)
     model.tokenizer = tokenizer
     model.source = checkpoint.source
-    return model.eval()
+    return model.to(device).eval()  # constants of the forms, where there are any
 
 
 def _check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -379,7 +379,8 @@ def _usage(report: Report, export_format: str) -> list[str]:
         "dynamic one and holds the bytes given above. Text only, and for inference only."
         if export_format == "hf" else
         "The figures below were measured through the TPA model's rounded cache, which this copy does not have. Where "
-        "`attention_bias` in config.json is true, the output projections have a bias, which llama.cpp cannot hold."
+        "`attention_bias` in config.json is true, the output projections have a bias, which llama.cpp's Gemma 3 "
+        "does not: use format=gguf for it."
     )  # fmt: skip
     return [
         "```python\n"

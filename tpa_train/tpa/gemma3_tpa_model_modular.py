@@ -116,7 +116,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
             UserError: a factor is missing or has the wrong shape, or ``dense`` is converted already.
         """
         if isinstance(dense, cls):
-            dense._check_dense()
+            dense.check_dense()
         with torch.device("meta"):
             student = cls(dense.config, specs)
         originals = dict(dense.named_parameters())
@@ -154,7 +154,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
 
         return load_export(path, dtype=dtype, device=device)
 
-    def _check_dense(self) -> None:
+    def check_dense(self) -> None:
         """Raises UserError if a layer is converted."""
         if self.converted_layers:
             raise UserError(
@@ -176,7 +176,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         from tpa_train.checkpoints import find_default, open_checkpoint
         from tpa_train.checkpoints.weights import build_model
 
-        self._check_dense()
+        self.check_dense()
         path = find_default() if path is None else path
         checkpoint = open_checkpoint(path)
         ours, theirs = self.config.to_dict(), checkpoint.config.to_dict()
@@ -225,7 +225,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         from tpa_train.factorization.solutions import tucker_moments
         from tpa_train.factorization.tucker_factorization import factorize_all_layers_with_shared_factors
 
-        self._check_dense()
+        self.check_dense()
         if moments is None:
             layers = self._named_layers(options.get("layers"))
             calibration = calibration or calibrate_on_own_text(self, layers)
@@ -269,7 +269,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         from tpa_train.factorization.own_text import calibrate_on_own_text
         from tpa_train.factorization.solutions import contextual_moments
 
-        self._check_dense()
+        self.check_dense()
         if rank_q is rank_k is rank_v is None:
             rank_k = rank_v = paying_rank(self.config)
         groups = self.config.num_kv_heads
