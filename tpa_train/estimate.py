@@ -24,11 +24,12 @@ from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_p
 from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import MLP, RMSNorm
+from tpa_train.machine_memory import UNKNOWN, free_bytes, host_memory
 from tpa_train.memory_trace import StageTrace, TracedEndToEnd, TracedModels, tracing
 from tpa_train.pipeline import budget_of, check_against_model, model_path, steps_of
 from tpa_train.settings import RunSettings
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
-from tpa_train.trainers import Machine, choose_machine, host_memory
+from tpa_train.trainers import Machine, choose_machine
 
 GIB = 2**30
 STEP = 128  # tokens; advice is rounded down to multiples of it
@@ -348,8 +349,7 @@ def free_memory(machine: Machine, process: int) -> int:
     """Returns the bytes that a run may take: free ones, and what this process has of them already."""
     if machine.device.type == "cuda":
         return torch.cuda.mem_get_info(machine.device)[0] + torch.cuda.memory_reserved(machine.device)
-    available = host_memory("/proc/meminfo", "MemAvailable")
-    return available + process if available is not None else 2**63 - 1
+    return min(free_bytes(machine.device) + process, UNKNOWN)
 
 
 def _duration(seconds: float) -> str:

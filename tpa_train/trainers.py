@@ -26,6 +26,7 @@ from tpa_train.distributed.launching import find_cluster
 from tpa_train.distributed.processes import from_first, world_size
 from tpa_train.distributed.sharding import ShardedStrategy
 from tpa_train.errors import UserError, nearest
+from tpa_train.machine_memory import host_memory
 from tpa_train.settings import LoggerSettings, TrainerSettings
 
 # kind -> modules, one of which Lightning's logger needs
@@ -87,15 +88,6 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def host_memory(file: str, field: str) -> int | None:
-    """Returns a field of ``/proc/meminfo`` or ``/proc/self/status`` in bytes; None where there is none (not Linux)."""
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def trim_heap() -> None:
