@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from tiny_runs import ROOT, STEPS, files, weights
 
 from tpa_train.checkpoints import load_pretrained
-from tpa_train.checkpoints.command import export_run
+from tpa_train.checkpoints.command import MULTIPLIED_OUT, export_run
 from tpa_train.checkpoints.command import main as export
 from tpa_train.errors import UserError
 from tpa_train.evaluation.command import main as evaluate
@@ -22,6 +23,7 @@ from tpa_train.runs import RunFolder
 from tpa_train.tpa.command import main as generate
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.generation import generate as continue_text
+from tpa_train.tpa.generation import stream_ids
 
 IDS = torch.arange(2, 62)[None]
 
@@ -113,34 +115,72 @@ def test_export_of_each_stage(finished, tmp_path, capsys):
     assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
 
 
-def test_export_for_transformers(finished, tmp_path, capsys):
+def load_native(folder):
+    model = Gemma3ForMultimodalLMwithTPA.from_pretrained(folder)
+    return model, lambda ids, n: torch.cat(list(stream_ids(model, ids.tolist(), n))).tolist()
+
+
+def load_gguf(path):
+    model = load_pretrained(path)
+    return model, lambda ids, n: torch.cat(list(stream_ids(model, ids.tolist(), n))).tolist()
+
+
+def load_transformers(folder):
     transformers = pytest.importorskip("transformers")
-    export([f"checkpoint={finished}", f"out={tmp_path / 'hf'}", "format=hf"])
-    assert "transformers" in capsys.readouterr().out
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    ids, student = IDS[:, :20], rebuilt(finished)[0]
-    ours = continue_text(student, student.tokenizer.decode(ids[0].tolist()), max_tokens=12)[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    prompt = tokenizer(student.tokenizer.decode(ids[0].tolist()), return_tensors="pt")
-    text = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert tokenizer.decode(text, skip_special_tokens=True) == ours
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert "trust_remote_code=True" in card and "Gemma Terms of Use" in card
-    export([f"checkpoint={finished}", f"out={tmp_path / 'dense'}", "format=dense"])
-    assert "a cache as large as the original's" in capsys.readouterr().out
-    assert "cache is as large as the original's" in (tmp_path / "dense" / "README.md").read_text()
-    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    with torch.no_grad():  # apart by the rounding of the student's cache
-        a, b = (logits.log_softmax(-1) for logits in (dense(IDS).logits, student(IDS)))
-    assert (a.exp() * (a - b)).sum(-1).mean() < 0.2
-    with pytest.raises(UserError, match="format"):
-        export([f"checkpoint={finished}", f"out={tmp_path / 'x'}", "format=onnx"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=folder.name == "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=folder.name == "hf")
+    assert tokenizer("hello the world")["input_ids"] == load_native(folder.parent / "export")[0].tokenizer.encode(
+        "hello the world"
+    )
+
+    def continued(ids, count):
+        options = dict(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+
+    return (lambda ids: model(ids).logits), continued
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "form,load,said",
+    [
+        ("native", load_native, "for the scripts"),
+        ("hf", load_transformers, "the cache as small"),
+        ("dense", load_transformers, "a cache as large as the original's"),
+        ("gguf", load_gguf, "llama.cpp"),
+    ],
+)
+def test_every_format_says_what_the_trained_student_says(finished, tmp_path, capsys, form, load, said):
+    """Logits, and 200 tokens; formats that are multiplied out round nothing, so neither does the student there."""
+    (tmp_path / "export").symlink_to(finished / "export")
+    out = tmp_path / ("m.gguf" if form == "gguf" else form)
+    export([f"checkpoint={finished}", f"out={out}", f"format={form}"])
+    assert said in capsys.readouterr().out
+    student, _ = rebuilt(finished)
+    if form in MULTIPLIED_OUT:
+        specs = [dataclasses.replace(spec, bits_k=16, bits_v=16) for spec in student.specs]
+        unrounded = Gemma3ForMultimodalLMwithTPA(student.config, specs).eval()
+        unrounded.load_state_dict(student.state_dict())
+        student = unrounded
+    logits, continued = load(out)
+    error = (logits(IDS) - student(IDS)).abs()
+    # transformers sums in another order: a number between two codes of 8 bits may fall on either side.
+    assert error.max() < (1e-2 if form == "hf" else 1e-3) and error.median() < 5e-4
+    assert continued(IDS, 200) == torch.cat(list(stream_ids(student, IDS.tolist(), 200))).tolist()
+    if form in ("hf", "dense"):
+        card = (out / "README.md").read_text()
+        assert "Gemma Terms of Use" in card
+        assert ("trust_remote_code=True" if form == "hf" else "cache is as large as the original's") in card
 
 
 def test_export_refuses(finished, tiny, tmp_path):
     before = files(finished)
     with pytest.raises(UserError, match="not a run folder"):
         export([f"checkpoint={tiny.model}", f"out={tmp_path / 'x'}"])
+    for options, message in ((["format=onnx"], "format"), (["dtype=float16"], "dtype=float16 is for format=gguf"),
+                             (["format=gguf"], "ends in .gguf")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            export([f"checkpoint={finished}", f"out={tmp_path / 'x'}", *options])
     with pytest.raises(UserError, match="already exists and is not empty"):
         export([f"checkpoint={finished}", f"out={finished}"])
     begun = tmp_path / "begun"

@@ -103,11 +103,11 @@ class Session:
             where = "cpu" if self.settings.trainer.offload else self.machine.device
             adapter = self.settings.model.adapter
             model = load_pretrained(model_path(self.settings), self.machine.dtype, adapter, where)
+        if isinstance(model, Gemma3ForMultimodalLMwithTPA):  # one not converted, or an export's file as model.path
+            model.check_dense()
         if model.tokenizer is None:
             where = model_path(self.settings) if self.loaded is None else "the model"
             raise UserError(f"{where} has no tokenizer; put its tokenizer.model beside the weights.")
-        if isinstance(model, Gemma3ForMultimodalLMwithTPA):  # one not converted, or an export's file as model.path
-            model.check_dense()
         model.requires_grad_(False)
         if not self.settings.trainer.offload:
             return model.to(self.machine.device)

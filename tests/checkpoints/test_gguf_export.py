@@ -49,12 +49,13 @@ def test_the_file_computes_what_the_student_does(tmp_path):
 @pytest.mark.parametrize("rank,exact", [(32, True), (20, True), (64, False)])
 def test_a_constant_of_the_output_becomes_one_of_the_values(rank, exact):
     """Rank 32 within the reach of W_O, as factorization leaves it; 20 and 64 out of it, as training may."""
-    student = unrounded([LayerSpec("joint", rank, "joint", rank)], ONE_LAYER)
+    config = dataclasses.replace(ONE_LAYER, hidden_size=96)  # wider than the heads of all groups
+    student = unrounded([LayerSpec("joint", rank, "joint", rank)], config)
     attention = student.layers[0].self_attn
     if rank == 32:
         attention.values.bias.copy_(attention.values.out.weight @ torch.ones(4 * 32))
     dense = dense_attention(attention)
-    turned, is_exact = with_value_bias(dense, ONE_LAYER)
+    turned, is_exact = with_value_bias(dense, config)
     assert is_exact is exact
 
     def output(tensors, x, weights):  # of the attention, for given attention weights [H, S]
@@ -62,10 +63,10 @@ def test_a_constant_of_the_output_becomes_one_of_the_values(rank, exact):
         heads = torch.einsum("hs,shd->hd", weights, values.repeat_interleave(2, 1)).flatten()
         return tensors["o_proj.weight"] @ heads + tensors.get(BIAS, 0.0)
 
-    x, weights = torch.randn(9, 64, dtype=torch.float64), torch.rand(4, 9, dtype=torch.float64).softmax(-1)
+    x, weights = torch.randn(9, 96, dtype=torch.float64), torch.rand(4, 9, dtype=torch.float64).softmax(-1)
     expected, found = output(dense, x, weights), output(turned, x, weights)
     error = float((found - expected).norm() / expected.norm())
-    assert error < 1e-9 if exact else 1e-6 < error < 0.3
+    assert error < 1e-6 if exact else 1e-4 < error < 0.3
     dropped = output({**dense, BIAS: 0.0}, x, weights)
     assert (found - expected).norm() < 0.3 * (dropped - expected).norm()
 
