@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +27,30 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[Callable]:
+    """Reports come without pictures: drawing them takes longer than a tiny run. Gives what draws them."""
+    from tpa_train.evaluation import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = report._write_plots
+        patch.setattr(report, "_write_plots", lambda folder, report: {})
+        yield draw
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch) -> None:
+    """Reports of this test come with their pictures."""
+    monkeypatch.setattr("tpa_train.evaluation.report._write_plots", undrawn)
+
+
 @pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run of recipe=distill; not to be changed."""
+def finished(tiny, undrawn, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of recipe=distill, pictures included; not to be changed."""
     from tpa_train.launch import main
 
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["recipe=distill", *tiny.options, f"run_dir={run}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tpa_train.evaluation.report._write_plots", undrawn)
+        assert main(["recipe=distill", *tiny.options, f"run_dir={run}"]) == 0
     return run
