@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 # Test processes share the machine's cores; read when torch is imported, by them and by the processes that they start.
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# Set in them alone: they would inherit the share of the one that starts them, which is all of the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 
 @pytest.fixture(scope="session")
