@@ -21,6 +21,7 @@ PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
+    "decode": "tpa_train.benchmarks.decode:DecodeSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",
