@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
@@ -62,17 +63,22 @@ def rebuild_flops(config: Gemma3Config, spec: LayerSpec) -> int:
 
 
 @torch.no_grad()
+def randomize(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:
+    """Gives named parameters random values that keep the size of what goes through; norms and centers are small."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters:
+        small = name.endswith(("norm.weight", "center", "bias"))
+        scale = 0.2 if small else parameter.shape[-1] ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
 def random_attention(
     config: Gemma3Config, spec: LayerSpec | None, device: torch.device, seed: int, dtype: torch.dtype = DTYPE
 ) -> Attention:
     """Returns a global layer's attention with random weights, on ``HIDDEN`` inputs; dense where there is no spec."""
     narrow = dataclasses.replace(config, hidden_size=HIDDEN, num_layers=1, layer_kinds=("global",), vision=None)
     attention = Attention(narrow, 0) if spec is None else FactorizedAttention(narrow, 0, spec)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in attention.named_parameters():
-        small = name.endswith(("norm.weight", "center", "bias"))
-        scale = 0.2 if small else parameter.shape[-1] ** -0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    randomize(attention.named_parameters(), seed)
     return attention.to(device, dtype).requires_grad_(False).eval()
 
 
@@ -87,27 +93,36 @@ def random_queries(attention: Attention, batch: int, positions: Tensor, seed: in
 
 
 @torch.no_grad()
-def random_cache(attention: Attention, batch: int, context: int, seed: int) -> CachedTokens:
-    """Returns a cache of ``batch`` full sequences of ``context`` tokens, packed as the layer packs them.
+def random_entries(attention: Attention, buffers: tuple[Tensor, ...], seed: int) -> None:
+    """Fills a layer's buffers [B, slots, …], one per item of its ``storage``, with the entries of random tokens.
 
     At most ``POOL`` tokens are computed; every sequence goes round them from another start.
     """
     weight = next(attention.parameters())
-    device, dtype = weight.device, weight.dtype
-    pool = min(context, POOL)
+    device, slots = weight.device, buffers[0].shape[1]
+    pool = min(slots, POOL)
     generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(1, pool, attention.config.hidden_size, generator=generator, device=device).to(dtype)
-    rotary = rotary_table(attention.config, attention.kind, torch.arange(context, device=device))
-    packed = attention.pack(attention.write(x, tuple(t[:pool] for t in rotary)))
-    stored = tuple(
-        torch.empty(batch, context, *shape, dtype=own or dtype, device=device) for shape, own in attention.storage()
-    )
-    slots = torch.arange(context, device=device)
-    for row in range(batch):
-        taken = (slots + row * (pool // 3 + 1)) % pool
-        for buffer, tokens in zip(stored, packed, strict=True):
+    x = torch.randn(1, pool, attention.config.hidden_size, generator=generator, device=device).to(weight.dtype)
+    rotary = rotary_table(attention.config, attention.kind, torch.arange(pool, device=device))
+    packed = attention.pack(attention.write(x, rotary))
+    places = torch.arange(slots, device=device)
+    for row in range(len(buffers[0])):
+        taken = (places + row * (pool // 3 + 1)) % pool
+        for buffer, tokens in zip(buffers, packed, strict=True):
             torch.index_select(tokens[0].to(buffer.dtype), 0, taken, out=buffer[row])
+
+
+def random_cache(attention: Attention, batch: int, context: int, seed: int) -> CachedTokens:
+    """Returns a cache of ``batch`` full sequences of ``context`` tokens, packed as the layer packs them."""
+    weight = next(attention.parameters())
+    device = weight.device
+    stored = tuple(
+        torch.empty(batch, context, *shape, dtype=own or weight.dtype, device=device)
+        for shape, own in attention.storage()
+    )
+    random_entries(attention, stored, seed)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    rotary = rotary_table(attention.config, attention.kind, torch.arange(context, device=device))
     return CachedTokens(stored, lengths, rotary)
 
 
