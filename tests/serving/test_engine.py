@@ -133,10 +133,10 @@ def test_images_in_the_batch():
 def test_idle_places_of_a_graph_disturb_nobody(student):
     """Free rows, and one whose prompt is half read, stand in for those that decode; batches shrink and grow."""
     assert batch_sizes(1) == [1] and batch_sizes(6) == [1, 2, 4, 6] and batch_sizes(8) == [1, 2, 4, 8]
-    engine = Engine(student, max_batch=6, context=120, prefill_chunk=7)
+    engine = Engine(student, max_batch=6, context=120, prefill_chunk=20)
     engine.decoder = ReplayingDecoder(student, engine.cache)
     rng = random.Random(6)
-    requests = [engine.submit(random_prompt(rng, 70), 1 + rng.randrange(2 * STEPS_BEFORE_GRAPH)) for _ in range(14)]
+    requests = [engine.submit(random_prompt(rng, 50), 6 + rng.randrange(4 * STEPS_BEFORE_GRAPH)) for _ in range(14)]
     engine.run()
     for request in requests:
         assert alone(student, request).tokens == request.tokens
