@@ -117,11 +117,14 @@ def test_wrong_and_failing_kernels(tmp_path, monkeypatch):
 def test_slow_kernels_are_dropped_for_a_shape():
     bench, group = object.__new__(decode._Bench), Group("decode", "4b", 8, 2)
     bench.dropped = {}
-    times = {"a": {"us": 1.0}, "b": {"us": 2.9}, "c": {"us": 3.1}, "flex, heads first": {"us": 1.2}, "d": "failed"}
-    bench._drop(group, times | {"flashinfer, tokens first": "ImportError"})
+    us = {"a, tokens first": 1.0, "a, heads first": 1.1, "b, tokens first": 1.4, "b, heads first": 1.6,
+          "flex, heads first": 1.2}  # fmt: skip
+    times = {name: {"us": value} for name, value in us.items()}
+    bench._drop(group, times | {"c, tokens first": "not this time", "flashinfer, tokens first": "ImportError"})
     assert bench.dropped == {
-        ("4b", "c"): "3.1× the fastest at context 8, batch 2",
-        ("4b", "flex, heads first"): "1.2× the fastest at context 8, batch 2",
+        ("4b", "a, heads first"): "its other layout was faster at context 8, batch 2",
+        ("4b", "b, heads first"): "1.60× the fastest at context 8, batch 2",
+        ("4b", "flex, heads first"): "1.20× the fastest at context 8, batch 2",
         ("4b", "flashinfer, tokens first"): "failed at context 8, batch 2: ImportError",
     }
 
