@@ -62,7 +62,7 @@ from tpa_train.tpa.spec import LayerSpec
 from tpa_train.trainers import host_memory
 
 CELL = ("kind", "shape", "form", "bits", "context", "batch")
-FREE = ("shapes", "contexts", "batches", "forms", "bits", "minutes")
+FREE = ("shapes", "contexts", "batches", "forms", "bits", "skip", "minutes")
 JUDGED = 256_000_000  # bytes of dense cache that a step reads, from which on the bar is judged
 BAR = 0.6  # of what bytes and rebuilding allow
 TOLERANCE = 0.03  # relative L2 error of a bfloat16 result above which it is wrong
@@ -86,6 +86,9 @@ class DecodeSettings:
         metadata={"help": f"one an option, out of {', '.join(FORMS)} (a number is R; dense: in fewer bits)."},
     )
     bits: list[int] = field(default_factory=lambda: [16], metadata={"help": "widths of cached numbers: 16, 8, 6, …"})
+    skip: list[str] = field(
+        default_factory=list, metadata={"help": "dense kernels not to try, one an option, such as skip=flex."}
+    )
     chunk: int = field(default=4096, metadata={"help": "new tokens of a prefill row; 0: no such rows."})
     prefill_context: int = field(default=32_768, metadata={"help": "cached tokens of a prefill row."})
     repeats: int = field(default=REPEATS, metadata={"help": "timed runs, of which the median counts."})
@@ -149,6 +152,10 @@ def check(settings: DecodeSettings) -> None:
         if name not in MODELS:
             raise UserError(f"shapes={name} is unknown{nearest(name, MODELS)}")
     check_forms(settings.forms)
+    kernels = [name for name, *_ in backends_of(choose_device(settings.device))]
+    for name in settings.skip:
+        if name not in kernels:
+            raise UserError(f"skip={name} is no dense kernel of this device{nearest(name, kernels)}")
     for name in ("shapes", "contexts", "batches", "bits"):
         values = getattr(settings, name)
         if not values or name != "shapes" and min(values) < 1:
@@ -231,7 +238,7 @@ class _Bench:
             self._check_device(self.cell(group, "dense", 16))
             return
         for form, bits in todo:
-            row = self.cell(group, form, bits)
+            row, begin = self.cell(group, form, bits), time.perf_counter()
             try:
                 row |= self._row(group, form_spec(form, group.config, bits), dense)
             except Exception as error:  # noqa: BLE001 - as above
@@ -239,7 +246,7 @@ class _Bench:
                 self._check_device(row)
                 row |= {"error": _reason(error)}
             else:
-                self.journal.add(row)
+                self.journal.add(row | {"seconds": time.perf_counter() - begin})  # what it took, compiling included
             _show(row)
         self._give_back()
 
@@ -332,8 +339,8 @@ class _Bench:
         times: dict[str, dict[str, Any] | str] = {}
         for kernel, layout, backend in backends_of(self.device):
             name = f"{kernel}, {layout}"
-            if (group.shape, name) in self.dropped:
-                times[name] = self.dropped[group.shape, name]
+            if (group.shape, name) in self.dropped or kernel in self.settings.skip:
+                times[name] = self.dropped.get((group.shape, name), "skipped by option")
                 continue
             try:
                 if layout not in exact:
@@ -356,9 +363,9 @@ class _Bench:
         measured = {name: found["us"] for name, found in times.items() if isinstance(found, dict)}
         fastest = min(measured.values(), default=0.0)
         for name, found in times.items():
-            if (group.shape, name) in self.dropped:
-                continue
             kernel = name.partition(",")[0]
+            if (group.shape, name) in self.dropped or kernel in self.settings.skip:
+                continue
             layouts = [us for other, us in measured.items() if other.partition(",")[0] == kernel]
             limit = SLOW_COMPILED if kernel in COMPILED else SLOW
             reason = None
