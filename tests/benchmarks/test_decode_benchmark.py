@@ -84,7 +84,7 @@ def test_tiny_run(tmp_path, capsys, monkeypatch):
 def test_wrong_and_failing_kernels(tmp_path, monkeypatch):
     """They get no time: a wrong dense kernel is not the fastest, and a wrong form's row is tried again."""
     out = tmp_path / "d.json"
-    argv = ["decode", *OPTIONS, "batches=[3]", "chunk=0", "forms=latent", f"out={out}"]
+    argv = ["decode", *OPTIONS, "batches=[3]", "chunk=0", "forms=latent", "skip=sdpa", f"out={out}"]
 
     def last_row_wrong(attention, queries, cached):
         results = attend_cached(attention, queries, cached)
@@ -110,18 +110,22 @@ def test_wrong_and_failing_kernels(tmp_path, monkeypatch):
     (row,) = cells(out)[1].values()
     found = row["dense_backends"]
     assert row["speedup"] > 0 and "error" not in row and row["dense_backend"].startswith(("sdpa", "attend_cached"))
+    assert found["sdpa, tokens first"] == found["sdpa, heads first"] == "skipped by option"
     assert found["broken, tokens first"] == "NotImplementedError: no such card"
     assert "differs from float64 by 1 of its size" in found["zeros, tokens first"]
 
 
 def test_slow_kernels_are_dropped_for_a_shape():
     bench, group = object.__new__(decode._Bench), Group("decode", "4b", 8, 2)
-    bench.dropped = {}
-    times = {"a": {"us": 1.0}, "b": {"us": 2.9}, "c": {"us": 3.1}, "flex, heads first": {"us": 1.2}, "d": "failed"}
-    bench._drop(group, times | {"flashinfer, tokens first": "ImportError"})
+    bench.dropped, bench.settings = {}, DecodeSettings()
+    us = {"a, tokens first": 1.0, "a, heads first": 1.1, "b, tokens first": 1.4, "b, heads first": 1.6,
+          "flex, heads first": 1.2}  # fmt: skip
+    times = {name: {"us": value} for name, value in us.items()}
+    bench._drop(group, times | {"c, tokens first": "not this time", "flashinfer, tokens first": "ImportError"})
     assert bench.dropped == {
-        ("4b", "c"): "3.1× the fastest at context 8, batch 2",
-        ("4b", "flex, heads first"): "1.2× the fastest at context 8, batch 2",
+        ("4b", "a, heads first"): "its other layout was faster at context 8, batch 2",
+        ("4b", "b, heads first"): "1.60× the fastest at context 8, batch 2",
+        ("4b", "flex, heads first"): "1.20× the fastest at context 8, batch 2",
         ("4b", "flashinfer, tokens first"): "failed at context 8, batch 2: ImportError",
     }
 
@@ -181,6 +185,7 @@ def test_the_median_counts_and_repeats_end():
     (["shapes=4c"], "shapes=4c is unknown; did you mean '4b'"), (["forms=latnt"], "did you mean 'latent'"),
     (["contexts=[]"], r"contexts=\[\] must be a list of positive"), (["batches=[0]"], r"batches=\[0\] must be"),
     (["bits=[5]"], "cache bits must be one of"), (["forms=dense"], "add some, such as"), (["chunk=-1"], "chunk=-1"),
+    (["skip=sdpaa"], "did you mean 'sdpa'"),
     (["repeats=0"], "repeats=0 must be at least 1"), (["minutes=0"], "minutes=0 must be positive"),
 ])  # fmt: skip
 def test_mistakes_are_named(argv, message, monkeypatch):

@@ -62,13 +62,13 @@ from tpa_train.tpa.entries import check_widths
 from tpa_train.tpa.spec import LayerSpec
 
 CELL = ("kind", "shape", "form", "bits", "context", "batch")
-FREE = ("shapes", "contexts", "batches", "forms", "bits", "minutes")
+FREE = ("shapes", "contexts", "batches", "forms", "bits", "skip", "minutes")
 JUDGED = 256_000_000  # bytes of dense cache that a step reads, from which on the bar is judged
 BAR = 0.6  # of what bytes and rebuilding allow
 TOLERANCE = 0.03  # relative L2 error of a bfloat16 result above which it is wrong
 SHOWN = (*CELL, "rank", "dense_us", "dense_backend", "tpa_us", "tpa_relative_error", "bytes_ratio", "speedup",
          "bandwidth_share", "rebuild_bound", "bar", "meets_bar", "skipped", "error")  # fmt: skip
-SLOW, SLOW_COMPILED = 3.0, 1.1  # times the fastest: such a kernel is not tried on the shape's other cells
+SLOW, SLOW_COMPILED = 1.5, 1.1  # times the fastest: such a kernel is not tried on the shape's other cells
 
 
 @dataclass
@@ -86,6 +86,9 @@ class DecodeSettings:
         metadata={"help": f"one an option, out of {', '.join(FORMS)} (a number is R; dense: in fewer bits)."},
     )
     bits: list[int] = field(default_factory=lambda: [16], metadata={"help": "widths of cached numbers: 16, 8, 6, …"})
+    skip: list[str] = field(
+        default_factory=list, metadata={"help": "dense kernels not to try, one an option, such as skip=flex."}
+    )
     chunk: int = field(default=4096, metadata={"help": "new tokens of a prefill row; 0: no such rows."})
     prefill_context: int = field(default=32_768, metadata={"help": "cached tokens of a prefill row."})
     repeats: int = field(default=REPEATS, metadata={"help": "timed runs, of which the median counts."})
@@ -149,6 +152,10 @@ def check(settings: DecodeSettings) -> None:
         if name not in MODELS:
             raise UserError(f"shapes={name} is unknown{nearest(name, MODELS)}")
     check_forms(settings.forms)
+    kernels = [name for name, *_ in backends_of(choose_device(settings.device))]
+    for name in settings.skip:
+        if name not in kernels:
+            raise UserError(f"skip={name} is no dense kernel of this device{nearest(name, kernels)}")
     for name in ("shapes", "contexts", "batches", "bits"):
         values = getattr(settings, name)
         if not values or name != "shapes" and min(values) < 1:
@@ -222,7 +229,7 @@ class _Bench:
             self._check_device(self.cell(group, "dense", 16))
             return
         for form, bits in todo:
-            row = self.cell(group, form, bits)
+            row, begin = self.cell(group, form, bits), time.perf_counter()
             try:
                 row |= self._row(group, form_spec(form, group.config, bits), dense)
             except Exception as error:  # noqa: BLE001 - as above
@@ -230,7 +237,7 @@ class _Bench:
                 self._check_device(row)
                 row |= {"error": _reason(error)}
             else:
-                self.journal.add(row)
+                self.journal.add(row | {"seconds": time.perf_counter() - begin})  # what it took, compiling included
             _show(row)
         self._give_back()
 
@@ -323,8 +330,8 @@ class _Bench:
         times: dict[str, dict[str, Any] | str] = {}
         for kernel, layout, backend in backends_of(self.device):
             name = f"{kernel}, {layout}"
-            if (group.shape, name) in self.dropped:
-                times[name] = self.dropped[group.shape, name]
+            if (group.shape, name) in self.dropped or kernel in self.settings.skip:
+                times[name] = self.dropped.get((group.shape, name), "skipped by option")
                 continue
             try:
                 if layout not in exact:
@@ -342,18 +349,25 @@ class _Bench:
         return times
 
     def _drop(self, group: Group, times: Mapping[str, dict[str, Any] | str]) -> None:
-        """Takes kernels that are much slower than the fastest out of the shape's other cells."""
-        fastest = min((t["us"] for t in times.values() if isinstance(t, dict)), default=0.0)
+        """Takes what will not be the fastest out of the shape's other cells: each cell costs what is built for it."""
+        where = f"at context {group.context}, batch {group.batch}"
+        measured = {name: found["us"] for name, found in times.items() if isinstance(found, dict)}
+        fastest = min(measured.values(), default=0.0)
         for name, found in times.items():
-            compiled = name.split(",")[0] in COMPILED
-            where = f"at context {group.context}, batch {group.batch}"
-            if (group.shape, name) in self.dropped:
+            kernel = name.partition(",")[0]
+            if (group.shape, name) in self.dropped or kernel in self.settings.skip:
                 continue
-            if isinstance(found, str):
-                if compiled:
-                    self.dropped[group.shape, name] = f"failed {where}: {found}"
-            elif found["us"] > fastest * (SLOW_COMPILED if compiled else SLOW):
-                self.dropped[group.shape, name] = f"{found['us'] / fastest:.1f}× the fastest {where}"
+            layouts = [us for other, us in measured.items() if other.partition(",")[0] == kernel]
+            limit = SLOW_COMPILED if kernel in COMPILED else SLOW
+            reason = None
+            if name not in measured:
+                reason = f"failed {where}: {found}" if kernel in COMPILED else None
+            elif measured[name] > limit * fastest:
+                reason = f"{measured[name] / fastest:.2f}× the fastest {where}"
+            elif measured[name] > min(layouts):
+                reason = f"its other layout was faster {where}"
+            if reason is not None:
+                self.dropped[group.shape, name] = reason
 
     def _timed(self, work: Callable[[], Tensor], checked: Callable[[Tensor], Tensor], exact: Tensor) -> dict[str, Any]:
         """Returns time and relative error of work; its first run compiles.

@@ -26,7 +26,7 @@ ChunkAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 PAGE = 16  # tokens of a page of FlashInfer's
 WORKSPACE = 256 << 20  # bytes that FlashInfer asks for
 OWN, FLEX, FLASHINFER = "attend_cached", "flex", "flashinfer"
-COMPILED = (FLEX, FLASHINFER)  # each shape of theirs costs seconds or more to compile
+COMPILED = (OWN, FLEX, FLASHINFER)  # new sizes cost them seconds or more to compile
 
 
 def sdpa_backend(kernel: SDPBackend | None, folded: bool) -> Backend:

@@ -160,7 +160,7 @@ def interleaved(
 def step_bytes(model: Gemma3ForCausalLM, cache: KVCache) -> int:
     """Returns the most bytes that one more step allocates and holds at a time."""
     tokens = torch.zeros(len(cache.buffers[0][0]), dtype=torch.long, device=model.head_weight.device)
-    with torch.no_grad(), LiveBytes() as live:
+    with torch.inference_mode(), LiveBytes() as live:
         model.logits(model.hidden_states(tokens[:, None], cache=cache)[:, -1])
     return live.peak
 
