@@ -138,6 +138,8 @@ def test_idle_places_of_a_graph_disturb_nobody(student):
     rng = random.Random(6)
     requests = [engine.submit(random_prompt(rng, 50), 6 + rng.randrange(4 * STEPS_BEFORE_GRAPH)) for _ in range(14)]
     engine.run()
+    requests += [engine.submit(random_prompt(rng, 10), 3 * STEPS_BEFORE_GRAPH) for _ in range(2)]
+    engine.run()
     for request in requests:
         assert alone(student, request).tokens == request.tokens
     assert set(engine.decoder._graphs) >= {2, 4, 6}

@@ -83,7 +83,7 @@ class Decoder:
             [*tokens, *[0] * len(spare)], [*rows, *[row for row, _ in spare]], [*lengths, *[held for _, held in spare]],
             [1] * count + [0] * len(spare),
         ])  # fmt: skip
-        self._inputs[:, :size].copy_(host)
+        self._inputs[:, :size].copy_(host, non_blocking=True)  # from pageable memory: it is read at once
         self._runs[size] += 1
         if size not in self._graphs and self._runs[size] <= STEPS_BEFORE_GRAPH:
             return self._run(self._inputs[:, :size])[:count]
