@@ -134,7 +134,7 @@ def attend(
         window = None
     if value_dim < k.shape[-1]:  # flash kernels want equal head sizes; zero columns cost less than the math kernel
         v = F.pad(v, (0, k.shape[-1] - value_dim))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+    if fuses(q):
         out = _attend_varlen(q, k, v, scale, window, documents)
     elif window is not None:
         out = _attend_banded(q, k, v, scale, window, documents)
@@ -156,18 +156,36 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     return out.transpose(1, 2)
 
 
+def fuses(q: Tensor) -> bool:
+    """Whether flash attention over variable-length sequences serves these queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Attention of the last L tokens of a sequence on all S of it, as ``attend``, where ``fuses``: no mask is built.
+
+    q: [B, L, H, d]; k: [B, S, G, d]; v: [B, S, G, e] with e ≤ d. Returns [B, L, H, e].
+    """
+    value_dim = v.shape[-1]
+    out = _attend_varlen(q, k, F.pad(v, (0, k.shape[-1] - value_dim)), scale, window, None)
+    return out[..., :value_dim]
+
+
 def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
-    """Flash attention over the flattened tokens, one sequence per document."""
+    """Flash attention over the flattened tokens, one sequence per document; fewer queries than keys are the last."""
     batch, length, heads, dim = q.shape
+    seen = k.shape[1]
     if documents is None:
-        edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+        edges, key_edges = (
+            torch.arange(0, batch * n + 1, n, dtype=torch.int32, device=q.device) for n in (length, seen)
+        )
     else:
-        edges = documents.cu_seqlens
+        edges = key_edges = documents.cu_seqlens
     # Older versions read each key for all its query heads without being told.
     options = {"enable_gqa": True} if VARLEN_GQA and k.shape[2] != heads else {}
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
+    out = varlen_attn(q, k, v, edges, key_edges, length, seen, scale=scale, window_size=(left, 0), **options)
     return out.view(batch, length, heads, dim)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpa_train.errors import UserError
-from tpa_train.gemma3.attention import Attention, RotaryTable, attend, sdpa
+from tpa_train.gemma3.attention import Attention, RotaryTable, attend, attend_last, fuses, sdpa
 from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.images import ImageBlocks
 from tpa_train.gemma3.layers import rotary_table
@@ -55,10 +55,9 @@ def rotary_tables(config: Gemma3Config, capacity: int, device: torch.device) -> 
 class CacheView:
     """What one layer may look at after its new tokens went in."""
 
-    stored: tuple[Tensor, ...]  # what ``Attention.pack`` gave for S tokens, each [B, S, ...], in no particular order
+    stored: tuple[Tensor, ...]  # what ``Attention.pack`` gave for S tokens, each [B, S, ...]
+    slots: Tensor  # int [S], positions of those tokens; in order where several are new
     rotary: RotaryTable  # of those tokens
-    mask: Tensor | None  # bool [1, 1, L, S], True where allowed; None when every query sees every entry
-    whole_sequence: bool  # the S tokens are exactly the new tokens, in order
 
 
 class KVCache:
@@ -128,10 +127,14 @@ class KVCache:
         scale, count = attention.config.scale, queries.shape[1]
         view = self._update(attention.layer, attention.pack(entries))
         k, v = attention.read(attention.unpack(view.stored, queries.dtype), view.rotary)
-        if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies
+        if self.length == 0:  # the prompt's first chunk: the cheap causal path applies
             return attend(queries, k, v, scale, attention.window, images=images)
-        mask = view.mask
-        if images is not None and mask is not None:  # the new tokens are the last of those seen
+        if count == 1:  # every entry is in the query's past, and a ring holds nothing older than the window
+            return sdpa(queries, k, v, scale)
+        if images is None and fuses(queries):
+            return attend_last(queries, k, v, scale, attention.window)
+        mask = self._mask(count, view.slots, attention.window)
+        if images is not None:  # the new tokens are the last of those seen
             new = mask[..., -count:] | images.future
             mask = torch.cat((mask[..., :-count].expand(*new.shape[:3], -1), new), dim=-1)
         return sdpa(queries, k, v, scale, mask)
@@ -143,7 +146,6 @@ class KVCache:
         """Stores the new tokens' ``packed`` tensors [B, n, ...] of ``layer`` and returns what its queries may see."""
         count = packed[0].shape[1]
         start, stop = self.length, self.length + count
-        window = None if self.config.is_global(layer) else self.config.sliding_window
         device = packed[0].device
         merged, slots = [], None
         for buffer, new in zip(self.buffers[layer], packed, strict=True):
@@ -166,13 +168,11 @@ class KVCache:
                 last = torch.arange(max(start, stop - size), stop, device=device)
                 buffer[:, last % size] = new[:, last - start]
         cos, sin = self._tables[self.config.layer_kinds[layer]]
-        return CacheView(tuple(merged), (cos[slots], sin[slots]), self._mask(start, stop, slots, window), start == 0)
+        return CacheView(tuple(merged), slots, (cos[slots], sin[slots]))
 
-    def _mask(self, start: int, stop: int, slots: Tensor, window: int | None) -> Tensor | None:
-        if stop - start == 1:
-            # One query: every entry is in its past, and a ring holds nothing older than the window.
-            return None
-        queries = torch.arange(start, stop, device=slots.device)[:, None]
+    def _mask(self, count: int, slots: Tensor, window: int | None) -> Tensor:
+        """Returns which of the tokens in ``slots`` the ``count`` new ones see, bool [1, 1, count, S]."""
+        queries = torch.arange(self.length, self.length + count, device=slots.device)[:, None]
         mask = (slots[None] <= queries) & (slots[None] >= 0)
         if window is not None:
             mask = mask & (slots[None] > queries - window)

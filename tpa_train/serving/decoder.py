@@ -36,8 +36,7 @@ class Decoder:
 
     def __init__(self, model: Gemma3ForCausalLM, cache: SlotCache, graphs: bool | None = None) -> None:
         self.model, self.cache = model, cache
-        on_gpu = cache.device.type == "cuda"
-        self.uses_graphs = on_gpu and graphs is not False
+        self.uses_graphs = self._can_record() and graphs is not False
         self.sizes = batch_sizes(cache.rows)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._runs = dict.fromkeys(self.sizes, 0)
@@ -47,9 +46,15 @@ class Decoder:
                 self._inputs = torch.zeros(4, cache.rows, dtype=torch.int64, device=cache.device)
                 shape = (cache.rows, model.head_weight.shape[0])
                 self._logits = torch.zeros(shape, dtype=model.head_weight.dtype, device=cache.device)
-            # Graphs run one after the other and leave their result outside, so they may share their workspace.
-            self._pool = torch.cuda.graph_pool_handle()
-            self._side = torch.cuda.Stream(cache.device)
+            self._prepare()
+
+    def _can_record(self) -> bool:
+        return self.cache.device.type == "cuda"
+
+    def _prepare(self) -> None:
+        # Graphs run one after the other and leave their result outside, so they may share their workspace.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(self.cache.device)
 
     @torch.inference_mode()
     def __call__(
@@ -78,7 +83,7 @@ class Decoder:
             [*tokens, *[0] * len(spare)], [*rows, *[row for row, _ in spare]], [*lengths, *[held for _, held in spare]],
             [1] * count + [0] * len(spare),
         ])  # fmt: skip
-        self._inputs[:, :size].copy_(host)
+        self._inputs[:, :size].copy_(host, non_blocking=True)  # from pageable memory: it is read at once
         self._runs[size] += 1
         if size not in self._graphs and self._runs[size] <= STEPS_BEFORE_GRAPH:
             return self._run(self._inputs[:, :size])[:count]

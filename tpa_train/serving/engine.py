@@ -270,22 +270,42 @@ class Engine:
 
     def _prefill(self) -> list[Update]:
         """Reads prompts, the first ones first, until a chunk of tokens is read or no row is free."""
-        room, ready, hidden = self.prefill_chunk, [], []
+        room, whole, others, ready, hidden = self.prefill_chunk, [], [], [], []
         while room > 0:
-            running = next((r for r in self._running if r.last is None and r not in ready), None) or self._admit()
+            unread = (r for r in self._running if r.last is None and r not in whole and r not in others)
+            running = next(unread, None) or self._admit()
             if running is None:
                 break
-            for step in running.chunks:
-                last = self.model.hidden_states(**step, cache=running.cache)[:, -1]
-                count = step["token_ids"].shape[1]
-                running.held += count
-                room -= count
-                if running.held == len(running.request.prompt):
-                    ready.append(running)
-                    hidden.append(last)
-                if room <= 0:
-                    break
-        return self._choose(ready, self.model.logits(torch.cat(hidden))) if ready else []
+            request = running.request
+            if running.held == 0 and request.images is None and len(request.prompt) <= room:
+                whole.append(running)  # with the other short ones, below
+                room -= len(request.prompt)
+                continue
+            others.append(running)
+            room -= self._read(running, hidden)
+            if running.held == len(request.prompt):
+                ready.append(running)
+        if whole:
+            hidden.append(self._read_whole(whole))
+        return self._choose(ready + whole, self.model.logits(torch.cat(hidden))) if hidden else []
+
+    def _read(self, running: _Running, hidden: list[Tensor]) -> int:
+        """Reads the next chunk of a prompt, and if it is the last, adds its final hidden state; returns its tokens."""
+        step = next(running.chunks)
+        last, count = self.model.hidden_states(**step, cache=running.cache)[:, -1], step["token_ids"].shape[1]
+        running.held += count
+        if running.held == len(running.request.prompt):
+            hidden.append(last)
+        return count
+
+    def _read_whole(self, batch: list[_Running]) -> Tensor:
+        """Reads the prompts of ``batch`` in one pass; returns their final hidden states, [B, D]."""
+        prompts = [running.request.prompt for running in batch]
+        cache = self.cache.prompts([running.row for running in batch], [len(prompt) for prompt in prompts])
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.cache.device)
+        for running in batch:
+            running.held = len(running.request.prompt)
+        return self.model.hidden_states(ids, cache=cache)[0, cache.documents.cu_seqlens[1:].long() - 1]
 
     def _admit(self) -> _Running | None:
         """Gives the first waiting request a free row, if there are both."""

@@ -91,22 +91,25 @@ def foresee(
     chunk: int,
     dtype: torch.dtype | None = None,
     free: int | None = None,
+    weights_loaded: bool | None = None,
 ) -> Forecast:
     """Returns what a batch takes.
 
     Args:
-        model: dense or converted, in memory already, or without data (its weights then count as needed).
+        model: dense or converted.
         rows, context: sequences, and tokens of each.
         chunk: tokens of a prefill step.
         dtype: of the cache, where a layer does not quantize it; the weights' own when left out.
         free: bytes that may be taken; what the model's device has left, less a reserve, when left out.
+        weights_loaded: whether the weights are in memory already, so that ``free`` is what they left; where that is
+            not said, those of a model without data are not.
     """
     weight = model.head_weight
     if free is None:
         found = UNKNOWN if weight.is_meta else free_bytes(weight.device)
         free = found if found == UNKNOWN else int(found * (1 - RESERVE))
     workspace = workspace_bytes(model, rows, context, chunk)
-    if weight.is_meta:
+    if weight.is_meta if weights_loaded is None else not weights_loaded:
         workspace += weight_bytes(model)
     return Forecast(rows, context, slot_bytes(model, rows, context, dtype or weight.dtype), workspace, free)
 

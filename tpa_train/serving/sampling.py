@@ -98,14 +98,14 @@ def sample(logits: Tensor, rules: Sequence[Sampling], steps: Sequence[int], seen
     drawn = [i for i, r in enumerate(rules) if r.temperature > 0]
     if not drawn:
         return token
-    rules, places = [rules[i] for i in drawn], torch.tensor(drawn, device=logits.device)
+    rules, places = [rules[i] for i in drawn], on_device(drawn, logits.device)
     x = logits if len(drawn) == len(logits) else logits[places]
     x = x.to(accumulation_dtype(x.dtype))
     x = restrict(x / _column([r.temperature for r in rules], x), rules)
     # In float64: at the far end of 262,144 float32 sums the unlikely tokens would drown.
     cumulative = x.double().softmax(-1).cumsum(-1)
-    draws = torch.tensor([uniform(r.seed, steps[i]) for r, i in zip(rules, drawn, strict=True)], dtype=torch.float64)
-    goal = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+    draws = [uniform(r.seed, steps[i]) for r, i in zip(rules, drawn, strict=True)]
+    goal = on_device(draws, logits.device, torch.float64)[:, None] * cumulative[:, -1:]
     # The first token whose cumulative probability lies above the goal, so never one of probability 0.
     return token.index_put((places,), torch.searchsorted(cumulative, goal, right=True).squeeze(-1))
 
@@ -114,13 +114,13 @@ def restrict(x: Tensor, rules: Sequence[Sampling]) -> Tensor:
     """Returns ``x`` [B, V], logits over the temperature, with -inf at what top_k, top_p and min_p leave out."""
     top_k = [i for i, r in enumerate(rules) if r.top_k is not None and r.top_k < x.shape[-1]]
     if top_k:
-        rows, counts = torch.tensor(top_k, device=x.device), [rules[i].top_k for i in top_k]
+        rows, counts = on_device(top_k, x.device), [rules[i].top_k for i in top_k]
         best = x[rows].topk(max(counts)).values
-        last = best.gather(1, torch.tensor(counts, device=x.device)[:, None] - 1)
+        last = best.gather(1, on_device(counts, x.device)[:, None] - 1)
         x = x.index_put((rows,), x[rows].masked_fill(x[rows] < last, -torch.inf))
     top_p = [i for i, r in enumerate(rules) if r.top_p is not None and r.top_p < 1]
     if top_p:
-        rows = torch.tensor(top_p, device=x.device)
+        rows = on_device(top_p, x.device)
         ordered, order = x[rows].sort(descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
@@ -135,7 +135,12 @@ def restrict(x: Tensor, rules: Sequence[Sampling]) -> Tensor:
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """Returns ``values`` as [B, 1], in float32 or wider."""
-    return torch.tensor(values, dtype=accumulation_dtype(like.dtype)).to(like.device)[:, None]
+    return on_device(values, like.device, accumulation_dtype(like.dtype))[:, None]
+
+
+def on_device(values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns ``values`` on ``device`` without waiting for what it is doing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 class SeenTokens:
@@ -153,15 +158,15 @@ class SeenTokens:
             self._seen = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         self._seen[row] = False
         known = [token for token in set(prompt) if token < self.shape[1]]
-        self._seen[row, torch.tensor(known, device=self.device)] = True
+        self._seen[row, on_device(known, self.device)] = True
 
     def of(self, rows: Sequence[int], rules: Sequence[Sampling]) -> Tensor | None:
         """Returns what ``sample`` needs of these rows: bool [B, V], or None where nobody is penalized."""
         if all(r.repetition_penalty == 1 for r in rules):
             return None
-        return self._seen[torch.tensor(rows, device=self.device)]
+        return self._seen[on_device(rows, self.device)]
 
     def add(self, rows: Sequence[int], rules: Sequence[Sampling], tokens: Tensor) -> None:
         """Notes one new token a row, int64 [B]."""
         if any(r.repetition_penalty != 1 for r in rules):
-            self._seen[torch.tensor(rows, device=self.device), tokens] = True
+            self._seen[on_device(rows, self.device), tokens] = True
