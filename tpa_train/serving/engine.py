@@ -51,6 +51,7 @@ class Engine:
         dtype: of the cache, where a layer does not quantize it; the weights' own when left out.
         prefill_chunk: tokens of prompts that a step reads; 1024 when left out.
         graphs: replay decoding steps as CUDA graphs (``serving.decoder``); on a GPU, when left out.
+        fuse: compile parts of them when they are recorded, which takes a while.
         at_most: bound of ``max_batch`` where it is left out.
 
     Raises:
@@ -65,6 +66,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         prefill_chunk: int | None = None,
         graphs: bool | None = None,
+        fuse: bool = False,
         at_most: int = memory.DEFAULT_ROWS,
     ) -> None:
         self.model = model
@@ -78,7 +80,7 @@ class Engine:
                 raise UserError(f"{name}={value} must be at least 1.")
         rows = memory.choose_rows(model, max_batch, context, self.prefill_chunk, dtype, at_most)
         self.cache = SlotCache(model, rows, context, dtype)
-        self.decoder = Decoder(model, self.cache, graphs)
+        self.decoder = Decoder(model, self.cache, graphs, fuse)
         self._seen = SeenTokens(rows, model.head_weight.shape[0], self.cache.device)
         self._free = list(range(rows))  # sorted: the first rows are the first to be used
         self._running: list[_Running] = []
