@@ -33,7 +33,7 @@ def test_a_ragged_batch_of_64_equals_each_alone():
     rng = random.Random(1)
     engine = Engine(model, max_batch=64, context=110, prefill_chunk=40)
     requests = [
-        engine.submit(random_prompt(rng, 100), 6, repetition_penalty=1.2 if i % 5 == 0 else 1.0) for i in range(64)
+        engine.submit(random_prompt(rng, 80), 5, repetition_penalty=1.2 if i % 5 == 0 else 1.0) for i in range(64)
     ]
     engine.run()
     assert all(r.finished for r in requests) and len({tuple(r.tokens) for r in requests}) > 50

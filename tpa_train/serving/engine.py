@@ -69,7 +69,7 @@ class Engine:
         fuse: bool = False,
         at_most: int = memory.DEFAULT_ROWS,
     ) -> None:
-        self.model = model
+        self.model, self._dtype = model, dtype
         self.prefill_chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
         longest = model.config.max_context
         context = longest if context is None else context
@@ -180,9 +180,13 @@ class Engine:
             raise UserError(f"max_tokens={max_tokens} must be at least 1.")
         if prompt + max_tokens <= self.context:
             return
-        longest = self.model.config.max_context
+        longest, more = self.model.config.max_context, ""
         whose = "model's context" if self.context == longest else "engine's context"
-        more = "" if prompt + max_tokens > longest else f", or raise context= (the model's is {longest})"
+        if prompt + max_tokens <= longest:
+            free = memory.foresee(self.model, 1, self.context, self.prefill_chunk).free + self.cache.nbytes
+            options = {"dtype": self._dtype, "free": free}
+            fits = memory.largest_context(self.model, self.max_batch, self.prefill_chunk, **options)
+            more = f", or raise context= ({fits} tokens would fit with max_batch={self.max_batch})"
         raise UserError(
             f"the prompt ({prompt} tokens) and max_tokens ({max_tokens}) exceed the {whose} of {self.context} tokens; "
             f"shorten one of them{more}."
