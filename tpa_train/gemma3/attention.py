@@ -295,6 +295,12 @@ class Attention(nn.Module):
         if context.cache is None:
             k, v = self.read(self.as_cached(entries), rotary)
             return self.output(attend(q, k, v, self.config.scale, self.window, context.documents, context.images))
+        if x.shape[1] == 1 and context.cache.padding is None:
+            from tpa_train.tpa.decode import attend_cached, cpu  # the forms are built on this module
+
+            if cpu.supported(self, q):
+                cached = context.cache.append(self.layer, self.pack(entries))
+                return self.output(attend_cached(self, q[:, 0], cached)[:, None])
         view = context.cache.update(self.layer, self.pack(entries))
         k, v = self.read(self.unpack(view.stored, q.dtype), view.rotary)
         if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies

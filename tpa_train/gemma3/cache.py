@@ -17,6 +17,7 @@ from tpa_train.gemma3.layers import rotary_table
 
 if TYPE_CHECKING:
     from tpa_train.gemma3.model import Gemma3ForCausalLM
+    from tpa_train.tpa.decode.cached import CachedTokens
 
 
 @dataclass
@@ -126,6 +127,19 @@ class KVCache:
             mask=self._mask(start, stop, slots, window),
             whole_sequence=start == 0 and self.padding is None,
         )
+
+    def append(self, layer: int, packed: tuple[Tensor, ...]) -> CachedTokens:
+        """Stores one new token a sequence, as ``update`` does, and returns all that the layer has cached.
+
+        Only for sequences without padding.
+        """
+        from tpa_train.tpa.decode.cached import CachedTokens
+
+        buffers = self.buffers[layer]
+        for buffer, new in zip(buffers, packed, strict=True):
+            buffer[:, self.length % buffer.shape[1]] = new[:, 0]
+        lengths = torch.full((len(buffers[0]),), self.length + 1, dtype=torch.int32, device=buffers[0].device)
+        return CachedTokens(buffers, lengths, self._tables[self.config.layer_kinds[layer]])
 
     def advance(self, count: int) -> None:
         self.length += count
