@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -30,7 +31,7 @@ from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointV
 BLOCK = 1024  # tokens; their latents, in float32 and bfloat16, and their keys are 4 MB at rank 512
 NARROW_WORK = 1 << 24  # multiplications of one layer's keys from which on bfloat16 pays
 _KEYS, _VALUES = (DenseKeys, LatentKeys, JointKeys), (DenseValues, LatentValues, JointValues)
-_SPARE = 2  # columns of ones behind a block's bases
+ALIGN = 32  # columns of a block are a multiple of this: rows that begin at a cache line's edge multiply faster
 
 
 def supported(attention: Attention, queries: Tensor) -> bool:
@@ -166,7 +167,8 @@ class Plan:
         """``wide`` in bfloat16, for columns [values, bases, ones, what bfloat16 leaves of the bases]."""
         wide, first = self.wide, self.keys.columns
         del self.wide  # seldom needed beside this
-        narrow = torch.cat((wide, wide[:, first : first + self.keys.bases]), 1).to(torch.bfloat16)
+        again = F.pad(wide[:, first : first + self.keys.bases], (0, 0, 0, -self.keys.bases % ALIGN))
+        narrow = torch.cat((wide, again), 1).to(torch.bfloat16)
         # The second column of ones has what bfloat16 leaves of the center's.
         ones = first + self.keys.bases
         narrow[:, ones + 1] = (wide[:, ones] - narrow[:, ones].to(wide.dtype)).to(torch.bfloat16)
@@ -178,7 +180,8 @@ class Plan:
         reader = self.keys
         values = torch.cat((up, zero), -1)[..., reader.order]  # −1: the zero
         bases = up.new_zeros(*up.shape[:2], reader.bases + 1).index_add_(-1, reader.group % (reader.bases + 1), values)
-        ones = torch.stack((bias, torch.zeros_like(bias)), -1)
+        ones = up.new_zeros(*up.shape[:2], _width(reader) - reader.columns - reader.bases)
+        ones[..., 0] = bias
         return torch.cat((values, bases[..., :-1], ones), -1).transpose(1, 2).contiguous()
 
     def attend(self, query: Tensor, stored: tuple[Tensor, ...], length: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -221,7 +224,7 @@ class Plan:
     def _read(self, reader: EntryReader, name: str, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Returns a block [n, rows, columns + bases + ones] of the cache's numbers."""
         tokens, rows, first = len(stored[0]), reader.entry.rows, reader.columns
-        block = _workspace.take(name, dtype, tokens, rows, first + reader.bases + _SPARE)
+        block = _workspace.take(name, dtype, tokens, rows, _width(reader))
         codes = _workspace.take("codes", torch.uint8, tokens * rows * first)
         reader.read(stored, block[..., :first], block[..., first : first + reader.bases], codes)
         block[..., first + reader.bases :] = 1.0
@@ -243,7 +246,9 @@ class Plan:
             first, bases = self.keys.columns, self.keys.bases
             small = _workspace.take("narrow", torch.bfloat16, tokens, rows, up.shape[1])
             small[..., :columns] = block
-            small[..., columns:] = block[..., first : first + bases] - small[..., first : first + bases].to(block.dtype)
+            exact = block[..., first : first + bases]
+            small[..., columns : columns + bases] = exact - small[..., first : first + bases].to(block.dtype)
+            small[..., columns + bases :] = 0.0
             block = small
             rounded = _workspace.take("rounded", torch.bfloat16, tokens, up.shape[-1])
         wide = _workspace.take("rebuilt", query.dtype, tokens, up.shape[-1])
@@ -275,6 +280,11 @@ class Plan:
         up = attention.values.up.detach()
         heads = out.unflatten(1, (self.groups, -1)).to(up.dtype)  # [B, G, H/G, r]
         return (heads @ up.mT).flatten(1, 2)
+
+
+def _width(reader: EntryReader) -> int:
+    """Returns how many columns a block has: values, bases, and two or more ones."""
+    return -(-(reader.columns + reader.bases + 2) // ALIGN) * ALIGN
 
 
 def _per_group(weights: Tensor, block: Tensor) -> Tensor:
