@@ -87,6 +87,7 @@ def test_unrounded_entries_are_exact():
 def test_narrow_products_round_less_than_eight_bits_do(form, block, monkeypatch):
     monkeypatch.setattr(cpu, "has_tiles", lambda: True)  # slower elsewhere, but the same
     monkeypatch.setattr(cpu, "NARROW_WORK", 0)
+    monkeypatch.setattr(cpu, "_exact_products", lambda: False)
     monkeypatch.setattr(cpu, "BLOCK", block)
     cpu._tables.clear()  # of the usual block
     rounded, exact = (_layer(LayerSpec(form, 39, form, 39, bits), 2, torch.float32) for bits in (8, 16))
@@ -100,15 +101,15 @@ def test_narrow_products_round_less_than_eight_bits_do(form, block, monkeypatch)
     cpu._tables.clear()
 
 
-def test_float32_products_can_be_demanded():
-    assert not cpu._exact_products()
+def test_narrow_products_are_asked_for():
+    assert cpu._exact_products()
     before = torch.get_float32_matmul_precision()
     try:
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        assert cpu._exact_products()
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        assert not cpu._exact_products()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-    assert not cpu._exact_products() and torch.get_float32_matmul_precision() == before
+    assert cpu._exact_products() and torch.get_float32_matmul_precision() == before
 
 
 def test_changed_factors_are_noticed():

@@ -5,9 +5,9 @@ softmax of the block; blocks are joined at the end (online softmax, arXiv:1805.0
 they are expanded, which costs H·r operations a token in place of G·d·r.
 
 Keys of a latent cost G·d·r operations a token, more than everything else together. Where the latent is stored in 8 bits
-or fewer and the CPU multiplies bfloat16 in tiles (AMX), that product is in bfloat16, seven times as fast as float32:
-its rounding is a seventh of that of 8-bit groups, the finest that are stored. Ask for exact products with
-``torch.backends.mkldnn.matmul.fp32_precision = "ieee"`` or ``torch.set_float32_matmul_precision("highest")``.
+or fewer and the CPU multiplies bfloat16 in tiles (AMX), that product may be in bfloat16, seven times as fast as
+float32. It is where the weights are bfloat16, or where it is asked for with
+``torch.backends.mkldnn.matmul.fp32_precision = "bf16"``; float32 weights get float32 products otherwise.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def has_tiles() -> bool:
 
 
 def _exact_products() -> bool:
-    """Returns whether the user wants float32 products as they are; PyTorch says "none" where nobody said anything."""
-    return getattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee") == "ieee"
+    """Returns whether float32 products are to be float32 products: unless the user says otherwise."""
+    return getattr(torch.backends.mkldnn.matmul, "fp32_precision", "none") != "bf16"
 
 
 class _Workspace(threading.local):
