@@ -204,7 +204,11 @@ def test_generate_streams_what_the_model_writes(finished, capsys):
         generate([f"model={model}", "prompt=the hello", "max_tokens=9", "device=cpu"])
         printed = capsys.readouterr()
         assert printed.out == expected + "\n" and "tokens/s" in printed.err and "bytes" in printed.err
-    for wrong in ("max_tokens=0", "temperature=-1", "top_k=0", "top_p=2", "dtype=int8", "device=toaster"):
+    stop = expected[2:6]
+    generate([f"model={finished}", "prompt=the hello", "max_tokens=9", "device=cpu", f"stop={stop}", "stop=never"])
+    assert capsys.readouterr().out == expected[: expected.find(stop)] + "\n"
+    for wrong in ("max_tokens=0", "temperature=-1", "top_k=0", "top_p=2", "min_p=-1", "repetition_penalty=0", "stop=",
+                  "dtype=int8", "device=toaster"):  # fmt: skip
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             generate([f"model={finished}", "prompt=x", wrong])
 

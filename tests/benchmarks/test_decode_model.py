@@ -58,7 +58,7 @@ def test_ranks_of_a_ratio():
         ratio_spec(c, "contextual", 8, 16)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_transformers_decodes_what_our_model_does(config):
     """From an empty cache, token after token: the static cache is used as it is meant to be."""
     settings = DecodeModelSettings(shape="4b", dtype="float32", device="cpu")

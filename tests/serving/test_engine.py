@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from types import FunctionType
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from random_models import factors_for, random_model, small_config, specs_of
 from serving_models import CharTokenizer, ReplayingDecoder, alone, mixed_student, random_prompt, same_answer
 
 from tpa_train.errors import UserError
+from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.serving import Engine
-from tpa_train.serving.decoder import STEPS_BEFORE_GRAPH, batch_sizes
+from tpa_train.serving.decoder import STEPS_BEFORE_GRAPH, batch_sizes, fused
 from tpa_train.serving.slots import SlotCache
+from tpa_train.tpa import entries
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes
 
@@ -30,7 +33,7 @@ def test_a_ragged_batch_of_64_equals_each_alone():
     rng = random.Random(1)
     engine = Engine(model, max_batch=64, context=110, prefill_chunk=40)
     requests = [
-        engine.submit(random_prompt(rng, 100), 6, repetition_penalty=1.2 if i % 5 == 0 else 1.0) for i in range(64)
+        engine.submit(random_prompt(rng, 80), 5, repetition_penalty=1.2 if i % 5 == 0 else 1.0) for i in range(64)
     ]
     engine.run()
     assert all(r.finished for r in requests) and len({tuple(r.tokens) for r in requests}) > 50
@@ -143,6 +146,27 @@ def test_idle_places_of_a_graph_disturb_nobody(student):
     for request in requests:
         assert alone(student, request).tokens == request.tokens
     assert set(engine.decoder._graphs) >= {2, 4, 6}
+
+
+def test_fused_parts_are_put_back(student, monkeypatch):
+    """torch.compile stands in for itself here; what it makes of the parts shows on a GPU (test_graphs)."""
+    compiled = []
+
+    def compile(function, dynamic):
+        def run(*arguments):
+            compiled.append(getattr(function, "__self__", function))
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    before = entries.encode
+    with torch.no_grad(), fused(student):
+        inside = student(torch.tensor([[2, 3, 4]]))
+        student.layers[5].self_attn.pack(student.layers[5].self_attn.write(torch.zeros(1, 1, 24), None))
+    assert {type(part) for part in compiled} == {RMSNorm, MLP, FunctionType} and entries.encode is before
+    count = len(compiled)
+    assert torch.equal(student(torch.tensor([[2, 3, 4]])), inside) and len(compiled) == count
 
 
 def test_requests_come_from_other_threads(student):

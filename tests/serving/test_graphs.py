@@ -14,14 +14,15 @@ from tpa_train.serving.decoder import STEPS_BEFORE_GRAPH
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_give_what_plain_steps_give(dtype):
+def test_graphs_give_what_plain_steps_give(dtype, fuse):
     """Requests of many lengths through several batch sizes; in bfloat16 sums may fall either way at ties."""
     model = mixed_student(dtype, bits=16).cuda()
     answers = []
     for graphs in (False, True):
         rng = random.Random(0)
-        engine = Engine(model, max_batch=6, context=120, prefill_chunk=32, graphs=graphs)
+        engine = Engine(model, max_batch=6, context=120, prefill_chunk=32, graphs=graphs, fuse=fuse)
         requests = [engine.submit(random_prompt(rng, 60), 1 + rng.randrange(40), stop_ids=()) for _ in range(20)]
         engine.run()
         answers.append([r.tokens for r in requests])

@@ -57,6 +57,19 @@ def test_top_k_of_one_is_greedy(model):
     assert model.generate(PROMPTS, max_tokens=20, temperature=5.0, seed=0) != greedy
 
 
+def test_stop_strings_and_penalties(model):
+    texts = model.generate(PROMPTS, max_tokens=20)
+    stop = texts[1][-9:]
+    ended = model.generate(PROMPTS, max_tokens=20, stop=[stop, "never"])
+    assert ended == [t[: t.find(stop)] if stop in t else t for t in texts] and ended[1] != texts[1]
+    # A penalty that no logit survives lets no token come twice, nor one of the prompt's.
+    ids = model.tokenizer.encode(PROMPTS[0])
+    once = model.generate(PROMPTS[0], max_tokens=20, repetition_penalty=1e9)[0].split()
+    assert len(set(once)) == 20 and not {int(t) for t in once} & set(ids)
+    sampled = model.generate(PROMPTS, max_tokens=20, temperature=5.0, min_p=1.0, seed=0)
+    assert sampled == texts  # nothing but the likeliest is as likely as the likeliest
+
+
 def test_stop_ids_end_each_text_on_its_own(model, monkeypatch):
     texts = [t.split() for t in model.generate(PROMPTS, max_tokens=20)]
     stop = texts[0][7]

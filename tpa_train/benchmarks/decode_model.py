@@ -71,6 +71,7 @@ class DecodeModelSettings:
     )
     compile: bool = field(default=True, metadata={"help": "compile transformers' model"})
     graphs: bool = field(default=True, metadata={"help": "replay our steps as CUDA graphs, on a GPU"})
+    fuse: bool = field(default=False, metadata={"help": "compile parts of our steps before they are recorded"})
     dtype: str = field(
         default="bfloat16", metadata={"help": "of weights and unquantized entries", "choices": (*DTYPES,)}
     )
@@ -243,7 +244,7 @@ class OurDecoding:
         cache = SlotCache(model, batch, context)
         for layer, buffers in zip(model.layers, cache.buffers, strict=True):
             random_entries(layer.self_attn, buffers, settings.seed)
-        self.decoder, self.cache_bytes = Decoder(model, cache, settings.graphs), cache.nbytes
+        self.decoder, self.cache_bytes = Decoder(model, cache, settings.graphs, settings.fuse), cache.nbytes
         self.rows, self.tokens = list(range(batch)), [0] * batch
         self.length = held(settings, context)
 

@@ -177,7 +177,9 @@ class _Bench:
             finally:
                 student = None
                 free_memory()
-            self.allowance.learn(time.perf_counter() - begin, costs.get("distill_seconds", 0.0), cell.distill_tokens)
+            self.allowance.learn(
+                time.perf_counter() - begin, costs.get("distill_seconds", 0.0), cell.distill_tokens
+            )
 
     def _dense(self, cell: Cell) -> tuple[Gemma3ForMultimodalLMwithTPA, dict[str, float]]:
         """Returns the original with the cache of its global layers, or of all, in fewer bits."""
@@ -197,8 +199,7 @@ class _Bench:
             self._solved = budget, start, {"conversion_seconds": seconds}
         _, start, costs = self._solved
         costs = costs | {
-            "calibration_seconds": self.measured.cost.seconds,
-            "sensitivity_seconds": self.measured.probing_seconds,
+            "calibration_seconds": self.measured.cost.seconds, "sensitivity_seconds": self.measured.probing_seconds
         }
         if cell.distill_tokens == 0:
             return start.student(session.teacher), costs

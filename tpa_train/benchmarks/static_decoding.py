@@ -38,7 +38,7 @@ class StaticDecoder:
 class StaticDecoding:
     """One batch; ``step`` decodes a token of each sequence and waits for them."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, model: torch.nn.Module, batch: int, context: int, held: int, compile: bool) -> None:
         from transformers import StaticCache
 
@@ -62,13 +62,15 @@ class StaticDecoding:
         self.position.fill_(held)
         if compile:
             torch.compiler.reset()
-            self.forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
+            # As its own ``generate`` compiles: some layers count their tokens in a Python number, which must not be
+            # compiled for each of its values.
+            self.forward = torch.compile(model, mode="reduce-overhead")
 
     @property
     def cache_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> None:
         options = {self.argument: self.cache, "position_ids": self.position}
         logits = self.forward(input_ids=self.tokens, use_cache=True, **options).logits

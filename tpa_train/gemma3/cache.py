@@ -56,7 +56,7 @@ class CacheView:
     """What one layer may look at after its new tokens went in."""
 
     stored: tuple[Tensor, ...]  # what ``Attention.pack`` gave for S tokens, each [B, S, ...]
-    slots: Tensor  # int [S], positions of those tokens; in order where several are new
+    slots: Tensor  # int [S], positions of those tokens, in order
     rotary: RotaryTable  # of those tokens
 
 
@@ -125,12 +125,12 @@ class KVCache:
         ``advance`` must be called once all layers of a forward pass have attended.
         """
         scale, count = attention.config.scale, queries.shape[1]
+        if count == 1:
+            return self._attend_one(attention, queries, entries)
         view = self._update(attention.layer, attention.pack(entries))
         k, v = attention.read(attention.unpack(view.stored, queries.dtype), view.rotary)
         if self.length == 0:  # the prompt's first chunk: the cheap causal path applies
             return attend(queries, k, v, scale, attention.window, images=images)
-        if count == 1:  # every entry is in the query's past, and a ring holds nothing older than the window
-            return sdpa(queries, k, v, scale)
         if images is None and fuses(queries):
             return attend_last(queries, k, v, scale, attention.window)
         mask = self._mask(count, view.slots, attention.window)
@@ -139,11 +139,23 @@ class KVCache:
             mask = torch.cat((mask[..., :-count].expand(*new.shape[:3], -1), new), dim=-1)
         return sdpa(queries, k, v, scale, mask)
 
+    def _attend_one(self, attention: Attention, queries: Tensor, entries: tuple[Tensor, ...]) -> Tensor:
+        """As ``attend``, of one token a sequence: it sees every entry, since a ring holds no older than the window."""
+        from tpa_train.tpa.decode import CachedTokens, attend_cached  # its forms are built on this package
+
+        buffers = self.buffers[attention.layer]
+        for buffer, new in zip(buffers, attention.pack(entries), strict=True):
+            buffer[:, self.length % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
+        stored = tuple(t[:, : self.length + 1] for t in buffers)
+        lengths = torch.full((len(queries),), self.length + 1, dtype=torch.int32, device=queries.device)
+        cached = CachedTokens(stored, lengths, self._tables[attention.kind])
+        return attend_cached(attention, queries[:, 0], cached)[:, None]
+
     def advance(self, count: int) -> None:
         self.length += count
 
     def _update(self, layer: int, packed: tuple[Tensor, ...]) -> CacheView:
-        """Stores the new tokens' ``packed`` tensors [B, n, ...] of ``layer`` and returns what its queries may see."""
+        """Stores several tokens' ``packed`` tensors [B, n, ...] of ``layer`` and returns what their queries may see."""
         count = packed[0].shape[1]
         start, stop = self.length, self.length + count
         device = packed[0].device
@@ -155,11 +167,6 @@ class KVCache:
                 buffer[:, start:stop] = new
                 merged.append(buffer[:, :stop])
                 slots = torch.arange(stop, device=device)
-            elif count == 1:  # ring: the token that falls out of the window makes room
-                buffer[:, start % size] = new[:, 0]
-                merged.append(buffer)
-                ring = torch.arange(size, device=device)
-                slots = start - (start - ring) % size
             else:  # a chunk still needs the W - 1 tokens before it, so join before writing
                 kept = torch.arange(max(0, start - size), start, device=device)
                 with torch.autocast(device.type, enabled=False):  # on a CPU it refuses float16, the type of scales

@@ -7,13 +7,16 @@ at rows that do not decode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.serving.slots import SlotCache
+from tpa_train.tpa import entries
 
 STEPS_BEFORE_GRAPH = 4  # of a batch size, before it is worth recording: that takes about as long as four plain steps
 WARM_UP = 2  # runs on the side stream: kernels are compiled and tuned, and libraries take their memory
@@ -32,10 +35,14 @@ class Decoder:
         model: dense or converted.
         cache: of the same model.
         graphs: record CUDA graphs; None: where the cache is on a GPU. Elsewhere there are none.
+        fuse: record compiled norms, feed-forward blocks and packing of cache entries: fewer kernels, which each read
+            and write less, for the time that compiling takes when a batch size is recorded.
     """
 
-    def __init__(self, model: Gemma3ForCausalLM, cache: SlotCache, graphs: bool | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self, model: Gemma3ForCausalLM, cache: SlotCache, graphs: bool | None = None, fuse: bool = False
+    ) -> None:
+        self.model, self.cache, self.fuse = model, cache, fuse
         self.uses_graphs = self._can_record() and graphs is not False
         self.sizes = batch_sizes(cache.rows)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -105,6 +112,10 @@ class Decoder:
         Warming up and recording write the same entries to the same places as the replay that follows, so they leave
         nothing behind.
         """
+        with fused(self.model) if self.fuse else nullcontext():
+            self._graphs[size] = self._capture(size)
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
         places = self._inputs[:, :size]
         self._side.wait_stream(torch.cuda.current_stream(self.cache.device))
         with torch.cuda.stream(self._side):
@@ -115,4 +126,27 @@ class Decoder:
         # Other threads (a server's) may use the device meanwhile: only this thread's calls are recorded.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             self._logits[:size].copy_(self._run(places))
-        self._graphs[size] = graph
+        return graph
+
+
+@contextmanager
+def fused(model: Gemma3ForCausalLM) -> Iterator[None]:
+    """Inside the context norms and feed-forward blocks of ``model`` run compiled, and so does packing of entries.
+
+    These are the parts that many layers share: each is compiled once for a shape. Attention has kernels of its own.
+    What was compiled is kept: recorded graphs run it.
+    """
+    from tpa_train.compilation import RECOMPILES
+
+    parts = [part for part in model.modules() if isinstance(part, (RMSNorm, MLP))]
+    plain = entries.encode
+    try:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES):
+            for part in parts:
+                vars(part)["forward"] = torch.compile(part.forward, dynamic=False)
+            entries.encode = torch.compile(plain, dynamic=False)
+            yield
+    finally:
+        entries.encode = plain
+        for part in parts:
+            vars(part).pop("forward", None)  # the class's own method shows again

@@ -51,6 +51,7 @@ class Engine:
         dtype: of the cache, where a layer does not quantize it; the weights' own when left out.
         prefill_chunk: tokens of prompts that a step reads; 1024 when left out.
         graphs: replay decoding steps as CUDA graphs (``serving.decoder``); on a GPU, when left out.
+        fuse: compile parts of them when they are recorded, which takes a while.
         at_most: bound of ``max_batch`` where it is left out.
 
     Raises:
@@ -65,9 +66,10 @@ class Engine:
         dtype: torch.dtype | None = None,
         prefill_chunk: int | None = None,
         graphs: bool | None = None,
+        fuse: bool = False,
         at_most: int = memory.DEFAULT_ROWS,
     ) -> None:
-        self.model = model
+        self.model, self._dtype = model, dtype
         self.prefill_chunk = PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
         longest = model.config.max_context
         context = longest if context is None else context
@@ -78,7 +80,7 @@ class Engine:
                 raise UserError(f"{name}={value} must be at least 1.")
         rows = memory.choose_rows(model, max_batch, context, self.prefill_chunk, dtype, at_most)
         self.cache = SlotCache(model, rows, context, dtype)
-        self.decoder = Decoder(model, self.cache, graphs)
+        self.decoder = Decoder(model, self.cache, graphs, fuse)
         self._seen = SeenTokens(rows, model.head_weight.shape[0], self.cache.device)
         self._free = list(range(rows))  # sorted: the first rows are the first to be used
         self._running: list[_Running] = []
@@ -178,9 +180,13 @@ class Engine:
             raise UserError(f"max_tokens={max_tokens} must be at least 1.")
         if prompt + max_tokens <= self.context:
             return
-        longest = self.model.config.max_context
+        longest, more = self.model.config.max_context, ""
         whose = "model's context" if self.context == longest else "engine's context"
-        more = "" if prompt + max_tokens > longest else f", or raise context= (the model's is {longest})"
+        if prompt + max_tokens <= longest:
+            free = memory.foresee(self.model, 1, self.context, self.prefill_chunk).free + self.cache.nbytes
+            options = {"dtype": self._dtype, "free": free}
+            fits = memory.largest_context(self.model, self.max_batch, self.prefill_chunk, **options)
+            more = f", or raise context= ({fits} tokens would fit with max_batch={self.max_batch})"
         raise UserError(
             f"the prompt ({prompt} tokens) and max_tokens ({max_tokens}) exceed the {whose} of {self.context} tokens; "
             f"shorten one of them{more}."

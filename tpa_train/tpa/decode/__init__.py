@@ -1,6 +1,7 @@
 """One step of decoding: attention of one new query a sequence on everything that its layer has cached.
 
 ``attend_cached`` is the only door. ``reference`` reads the cache with PyTorch, on any device; it defines what is right.
+``cpu`` reads it block by block.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
+from tpa_train.tpa.decode import cpu
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.reference import attend_reference
 
@@ -22,4 +24,6 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens) -
         queries: normalised and rotated, [B, H, d].
         cached: the layer's entries, the new token's among them.
     """
+    if cpu.supported(attention, queries):
+        return cpu.attend_cpu(attention, queries, cached)
     return attend_reference(attention, queries, cached)
