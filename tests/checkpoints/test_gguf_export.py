@@ -116,6 +116,10 @@ def test_bad_requests_leave_nothing(tmp_path, monkeypatch):
     contextual = random_student([LayerSpec("contextual", 1, "latent", 8)], ONE_LAYER)
     with pytest.raises(UserError, match="layer 0 has keys in the contextual form"):
         export_gguf(contextual, tmp_path / "m.gguf")
+    full = unrounded([LayerSpec("joint", 64, "joint", 64)], dataclasses.replace(ONE_LAYER, hidden_size=96))
+    monkeypatch.setattr("tpa_train.checkpoints.export.ROUNDING_KL", 1e-6)
+    with pytest.raises(UserError, match=r"layers \[0\] adds constants .*; export with format=dense"):
+        export_gguf(full, tmp_path / "m.gguf")
     right = module.dense_attention
     monkeypatch.setattr(module, "dense_attention", lambda a: right(a) | {"k_norm.weight": right(a)["q_norm.weight"]})
     with pytest.raises(UserError, match="the exported logits differ from the student's"):

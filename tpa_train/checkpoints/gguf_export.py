@@ -109,7 +109,15 @@ def export_gguf(
             _add_tokenizer(writer, student.tokenizer, config.vocab_size)
         _write_tensors(writer, shapes, read, stored)
         exact = stored == torch.float32 and not inexact
-        compare_file(student, open_checkpoint(partial), exact, check_ids)
+        try:
+            compare_file(student, open_checkpoint(partial), exact, check_ids)
+        except UserError as error:
+            if not inexact:
+                raise
+            raise UserError(
+                f"attention in layers {sorted(inexact)} adds constants that a GGUF file of Gemma 3 cannot hold, and the "
+                "nearest it can hold is too far from the student; export with format=dense, hf or native."
+            ) from error
     return out
 
 
