@@ -117,6 +117,7 @@ class Estimator(StageCosts):
 
     def estimate(self, path: Path) -> Estimate:
         config, context = self.config, self.settings.budget.context
+        notes = self._notes()  # a missing adapter is refused here
         stages = self.stages(self.settings)
         parameters = parameters_of(config) + self.vision_bytes // 2
         memory = free_memory(self.machine, self.process)
@@ -127,7 +128,7 @@ class Estimator(StageCosts):
             path.name, parameters, cache_bytes(config, dense_specs(config), context), self.budget.bytes(config),
             stages, memory, machine, next(s for s in self.specs if s.converted).describe(),
             tuple(line for stage in stages if stage.peak > usable(memory) for line in self.advise(stage, memory)),
-            self._notes(), self.devices, host_memory("/proc/meminfo", "MemAvailable") or 2**63 - 1,
+            notes, self.devices, host_memory("/proc/meminfo", "MemAvailable") or 2**63 - 1,
         )  # fmt: skip
 
     def _notes(self) -> tuple[str, ...]:

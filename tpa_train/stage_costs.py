@@ -152,16 +152,13 @@ class StageCosts:
         rows, layers, host = -(-tokens // t.context), layers_to_convert(self.config, self.budget), 0
         batch = min(rows, t.batch_size)
         batches = -(-rows // batch)
+        trace = models.calibration(layers, batch, t.context)
+        flops = trace.flops * batches / self.devices
         if t.offload:  # one layer differentiates at a time, and has moments on the device; the host keeps its inputs
-            one = models.calibration([c.num_layers - 1], batch, t.context)
             below = c.num_layers - layers[0] + 1
             kept = below * rows * t.context * c.hidden_size * 4 + len(layers) * moment_bytes(c)
-            trace, host = self._lent(one, models, kept)
-            forward = models.evaluation(batch, t.context, 1).flops
-            flops = batches * (2 * forward + len(layers) * (one.flops - forward))
-        else:
-            trace = models.calibration(layers, batch, t.context)
-            flops = trace.flops * batches / self.devices
+            flops += batches * models.evaluation(batch, t.context, 1).flops  # the way up, before that down
+            trace, host = self._lent(models.calibration([c.num_layers - 1], batch, t.context), models, kept)
         passes = batches / self.devices
         return self._made(
             models, "calibration", trace, rows * t.context, flops, (batch, t.context), passes, host

@@ -110,7 +110,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"model.adapter: there is no folder {folder}; name the one that peft's save_pretrained wrote.")
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"model.adapter: {folder} is no adapter: there is no {CONFIG} in it.")
+        raise UserError(f"model.adapter: {folder} is no adapter: there is no readable {CONFIG} in it.")
     try:
         config = read_json(path)
     except UserError as error:
