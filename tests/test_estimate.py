@@ -237,8 +237,9 @@ def test_several_devices_share_tokens_and_shards(tiny):
     whole = distill_of(settings)
     layer = whole.trained / 2
     assert sharded.optimizer == pytest.approx(12 * whole.trained / 4 + 8 * layer, rel=0.02)
-    head = 4 * TINY.vocab_size * TINY.hidden_size  # whole in a step, as are three layers
-    assert sharded.weights == pytest.approx(whole.weights / 4 + head + 3 * 4 * layer, rel=0.05)
+    d, heads = TINY.hidden_size, 2 * (TINY.num_heads + TINY.num_kv_heads) * TINY.head_dim
+    unit = 4 * d * (heads + 3 * TINY.intermediate_size)  # three layers are whole in a step, and the head
+    assert sharded.weights == pytest.approx(whole.weights / 4 + 4 * TINY.vocab_size * d + 3 * unit, rel=0.05)
     assert (sharded.steps, sharded.tokens) == (whole.steps, whole.tokens)
     assert sharded.activations == pytest.approx(whole.activations, rel=0.2)
     settings.trainer.strategy, settings.trainer.batch_size = "fsdp2", 1
