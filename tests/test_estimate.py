@@ -21,7 +21,7 @@ from tpa_train.checkpoints.weights import Weight
 from tpa_train.errors import UserError
 from tpa_train.estimate import Estimator, estimate
 from tpa_train.launch import main
-from tpa_train.memory_trace import TracedModels, tracing
+from tpa_train.memory_trace import StageTrace, TracedModels, tracing
 from tpa_train.pipeline import Session, factorize_model
 from tpa_train.recipes import compose
 from tpa_train.recovery import recover
@@ -223,7 +223,7 @@ def test_announced_peak_is_within_15_percent_of_the_measured_one(factorized, tmp
     assert stage.peak == pytest.approx(measured, rel=0.15), (before / GIB, measured / GIB)
 
 
-def test_several_devices_share_tokens_and_shards(tiny):
+def test_several_devices_share_tokens_and_shards(tiny, monkeypatch):
     """Of four devices each holds everything (ddp), or a quarter of what is cut (fsdp2), until all is made whole."""
     one = distill_of(settings_of(tiny, "trainer.accumulate=4"))
     ddp = distill_of(settings_of(tiny, "trainer.devices=4", "trainer.strategy=ddp"))
@@ -231,7 +231,8 @@ def test_several_devices_share_tokens_and_shards(tiny):
     assert (ddp.weights, ddp.optimizer, ddp.activations) == (one.weights, one.optimizer, one.activations)
     settings = settings_of(tiny, "trainer.devices=4", "trainer.strategy=fsdp2", "recipe.distill.scope=all")
     settings.trainer.batch_size = 64
-    estimator = estimator_of(settings)
+    estimator, traces, own = estimator_of(settings), [], TracedModels.training
+    monkeypatch.setattr(TracedModels, "training", lambda *given: traces.append(own(*given)) or traces[-1])
     (sharded,) = estimator.stages(settings, only="distill")
     settings.trainer.strategy = "ddp"
     whole = distill_of(settings)
@@ -242,9 +243,10 @@ def test_several_devices_share_tokens_and_shards(tiny):
     assert sharded.weights == pytest.approx(whole.weights / 4 + 4 * TINY.vocab_size * d + 3 * unit, rel=0.05)
     assert (sharded.steps, sharded.tokens) == (whole.steps, whole.tokens)
     assert sharded.activations == pytest.approx(whole.activations, rel=0.2)
-    settings.trainer.strategy, settings.trainer.batch_size = "fsdp2", 1
-    few = distill_of(settings)  # the end, where nothing is an activation
-    assert few.activations == 0 and few.peak > few.process + whole.weights + 12 * whole.trained / 4
+    # At the stage's end: beside the shards both models, or, as all of this one learns, what is saved of it.
+    assert traces[0].ending == pytest.approx(whole.weights / 4 + 3 * whole.trained + 12 * whole.trained, rel=0.05)
+    ended = estimator._made(None, "distill", StageTrace(1, 10, 20, 5, 40, 0, ending=100), 1, 0.0, (1, 64))
+    assert (ended.weights, ended.optimizer, ended.activations, ended.logits) == (80, 20, 0, 0)
     assert any("made whole" in note for note in estimator._notes())
     said = estimates.Estimate("m", 1, 2, 1, (sharded,), 1 << 40, "d", "f", (), estimator._notes(), 4).describe()
     assert f"a step of distill: {64 * 64 * 4:,} tokens on 4 devices in" in said and "GiB a device: fits" in said
