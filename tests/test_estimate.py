@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def test_traced_models_are_as_large_as_real_ones(composed, tiny):
 @pytest.fixture(scope="module")
 def factorized(tiny, tmp_path_factory):
     """A session of steps whose activations outweigh the noise of a process's memory, and its student."""
-    rows = ["trainer.context=512", "trainer.batch_size=24", "recipe.distill.tokens=24576", "recipe.distill.scope=all"]
+    rows = ["trainer.context=512", "trainer.batch_size=32", "recipe.distill.tokens=16384", "recipe.distill.scope=all"]
     session = Session(settings_of(tiny, *rows), tmp_path_factory.mktemp("logs"))
     return session, factorize_model(session)[0]
 
@@ -199,7 +200,7 @@ def factorized(tiny, tmp_path_factory):
 @pytest.mark.skipif(host_memory("/proc/self/status", "VmHWM") is None, reason="resident sets are read from /proc")
 @pytest.mark.parametrize("options", [
     {}, {"trainer": {"activation_checkpointing": True}, "distill": {"ema": 0.9, "hidden_weight": 0.0},
-         "teacher": {"cache": "topk", "top_k": 8}},
+         "teacher": {"cache": "hidden"}},
 ])  # fmt: skip
 def test_announced_peak_is_within_15_percent_of_the_measured_one(factorized, tmp_path, options):
     session, student = factorized
@@ -219,7 +220,7 @@ def test_announced_peak_is_within_15_percent_of_the_measured_one(factorized, tmp
     recover(session, student, "distill")
     measured = host_peak_gib() * GIB
     session.settings = settings
-    assert measured - before > 0.15 * GIB, (before / GIB, measured / GIB)
+    assert measured - before > 0.2 * GIB, (before / GIB, measured / GIB)
     assert stage.peak == pytest.approx(measured, rel=0.15), (before / GIB, measured / GIB)
 
 
@@ -291,7 +292,8 @@ def test_images_and_adapters_are_counted(tiny, plain, tmp_path):
     settings.model.adapter = str(folder)
     with pytest.raises(UserError, match="adapter_model.safetensors is missing"):
         text._notes()
-    (folder / "adapter_model.safetensors").write_bytes(bytes(1 << 29))
+    (folder / "adapter_model.safetensors").touch()
+    os.truncate(folder / "adapter_model.safetensors", 1 << 29)  # a hole
     assert "model.adapter: merged while the model is read, 0.50 GiB then" in " ".join(text._notes())
 
 

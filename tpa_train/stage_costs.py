@@ -24,6 +24,7 @@ from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 from tpa_train.trainers import Machine
 
 HEAP = 1.35  # resident bytes over live ones for activations on a CPU: gaps in the heap, measured on the 270M
+RECOMPUTED_HEAP = 3.0  # the same where layers recompute: little lives on between gaps of all sizes
 LIKELY_BITS = 4  # below this the allocator seldom goes for most of a layer's numbers
 EFFICIENCY = 0.7  # of a feed-forward block's rate that whole models reach: attention and losses are slower
 
@@ -210,9 +211,11 @@ class StageCosts:
         trace, steps = models.training(make, step), steps_of(self.settings, name)
         batches = steps * t.accumulate
         tokens = batches * self.devices * t.batch_size * t.context
+        heap = RECOMPUTED_HEAP if t.activation_checkpointing else HEAP
         return self._made(
-            models, name, trace, tokens, trace.flops * batches, (t.batch_size, t.context), batches, steps=steps
-        )
+            models, name, trace, tokens, trace.flops * batches, (t.batch_size, t.context), batches, steps=steps,
+            heap=heap,
+        )  # fmt: skip
 
     def _cache(self) -> TracedCache:
         s = self.settings
