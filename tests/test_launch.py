@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from tpa_train.runs import RunFolder
 from tpa_train.tpa.command import main as generate
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.generation import generate as continue_text
+from tpa_train.trainers import LOGGERS
 
 IDS = torch.arange(2, 62)[None]
 
@@ -111,6 +113,14 @@ def test_export_of_each_stage(finished, tmp_path, capsys):
     assert torch.equal(loaded(IDS), rebuilt(finished, "factorized")[0](IDS))
     card = (folder / "README.md").read_text()
     assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
+
+
+def test_exporting_needs_no_logger(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("kind: csv", "kind: wandb"))
+    monkeypatch.setitem(LOGGERS, "wandb", ("no_such_package",))
+    assert load_settings(run).logger.kind == "wandb" and export_run(run, tmp_path / "out")[0] == "distilled"
 
 
 def test_export_for_transformers(finished, tmp_path, capsys):
