@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from tpa_train.tpa.command import main as generate
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.generation import generate as continue_text
 from tpa_train.tpa.generation import stream_ids
+from tpa_train.trainers import LOGGERS
 
 IDS = torch.arange(2, 62)[None]
 
@@ -115,6 +117,14 @@ def test_export_of_each_stage(finished, tmp_path, capsys):
     assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
 
 
+def test_exporting_needs_no_logger(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("kind: csv", "kind: wandb"))
+    monkeypatch.setitem(LOGGERS, "wandb", ("no_such_package",))
+    assert load_settings(run).logger.kind == "wandb" and export_run(run, tmp_path / "out")[0] == "distilled"
+
+
 def load_native(folder):
     model = Gemma3ForMultimodalLMwithTPA.from_pretrained(folder)
     return model, lambda ids, n: torch.cat(list(stream_ids(model, ids.tolist(), n))).tolist()
@@ -177,8 +187,11 @@ def test_export_refuses(finished, tiny, tmp_path):
     before = files(finished)
     with pytest.raises(UserError, match="not a run folder"):
         export([f"checkpoint={tiny.model}", f"out={tmp_path / 'x'}"])
-    for options, message in ((["format=onnx"], "format"), (["dtype=float16"], "dtype=float16 is for format=gguf"),
-                             (["format=gguf"], "ends in .gguf")):  # fmt: skip
+    for options, message in (
+        (["format=onnx"], "format"),
+        (["dtype=float16"], "dtype=float16 is for format=gguf"),
+        (["format=gguf"], "ends in .gguf"),
+    ):
         with pytest.raises(UserError, match=message):
             export([f"checkpoint={finished}", f"out={tmp_path / 'x'}", *options])
     with pytest.raises(UserError, match="already exists and is not empty"):

@@ -160,11 +160,11 @@ def test_fused_parts_are_put_back(student, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    before = entries.encode
+    before = entries.quantize
     with torch.no_grad(), fused(student):
         inside = student(torch.tensor([[2, 3, 4]]))
         student.layers[5].self_attn.pack(student.layers[5].self_attn.write(torch.zeros(1, 1, 24), None))
-    assert {type(part) for part in compiled} == {RMSNorm, MLP, FunctionType} and entries.encode is before
+    assert {type(part) for part in compiled} == {RMSNorm, MLP, FunctionType} and entries.quantize is before
     count = len(compiled)
     assert torch.equal(student(torch.tensor([[2, 3, 4]])), inside) and len(compiled) == count
 

@@ -163,8 +163,8 @@ def test_a_cached_prefix_is_masked_as_the_cache_does():
     cache = model.allocate_cache(1, 30, dtype=torch.float64)
     model(tokens(config, 1, 5), cache=cache)
     for layer, window in ((0, config.sliding_window), (5, None)):
-        view = cache.update(layer, tuple(torch.zeros(1, 3, *t.shape[2:]) for t in cache.buffers[layer]))
-        assert torch.equal(create_attention_mask(8, queries=3, window=window), view.mask)
+        view = cache._update(layer, tuple(torch.zeros(1, 3, *t.shape[2:]) for t in cache.buffers[layer]))
+        assert torch.equal(create_attention_mask(8, queries=3, window=window), cache._mask(3, view.slots, window))
 
 
 def transformers_masks(token_type_ids, window, cached=0):

@@ -99,8 +99,9 @@ def export_run(
     if dtype == "float16" and format != "gguf":
         raise UserError(f"dtype=float16 is for format=gguf; format={format} takes float32 or bfloat16.")
     (check_free_file if format == "gguf" else check_free)(Path(out))
-    # A run's GPUs are not needed to copy weights.
+    # A run's GPUs and its logger's package are not needed to copy weights.
     settings.trainer.accelerator, settings.trainer.devices, settings.trainer.num_nodes = "cpu", 1, 1
+    settings.logger.kind = "csv"
     session = Session(settings, folder.path / "logs")
     student, name = rebuild_student(folder, settings, session.teacher, stage)
     if format in MULTIPLIED_OUT:

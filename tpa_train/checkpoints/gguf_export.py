@@ -115,8 +115,8 @@ def export_gguf(
             if not inexact:
                 raise
             raise UserError(
-                f"attention in layers {sorted(inexact)} adds constants that a GGUF file of Gemma 3 cannot hold, and the "
-                "nearest it can hold is too far from the student; export with format=dense, hf or native."
+                f"attention in layers {sorted(inexact)} adds constants that a GGUF file of Gemma 3 cannot hold, and "
+                "the nearest it can hold is too far from the student; export with format=dense, hf or native."
             ) from error
     return out
 

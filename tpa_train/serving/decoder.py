@@ -139,14 +139,14 @@ def fused(model: Gemma3ForCausalLM) -> Iterator[None]:
     from tpa_train.compilation import RECOMPILES
 
     parts = [part for part in model.modules() if isinstance(part, (RMSNorm, MLP))]
-    plain = entries.encode
+    plain = entries.quantize
     try:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES):
             for part in parts:
                 vars(part)["forward"] = torch.compile(part.forward, dynamic=False)
-            entries.encode = torch.compile(plain, dynamic=False)
+            entries.quantize = torch.compile(plain, dynamic=False)
             yield
     finally:
-        entries.encode = plain
+        entries.quantize = plain
         for part in parts:
             vars(part).pop("forward", None)  # the class's own method shows again

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention, RotaryTable
 from tpa_train.gemma3.config import Gemma3Config
-from tpa_train.tpa.entries import StoredShape
+from tpa_train.tpa.entries import Entry, StoredShape
 from tpa_train.tpa.forms import build_keys, build_output, build_queries, build_shared, build_values
 from tpa_train.tpa.spec import LayerSpec
 
@@ -49,16 +51,18 @@ class FactorizedAttention(Attention):
         return (*self.keys.write(x, rotary), *self.values.write(x))
 
     def as_cached(self, entries: Entries) -> Entries:
-        return tuple(
-            entry.rounded(t, getattr(self, f"levels_{index}"))
-            for index, (entry, t) in enumerate(zip(self.entries, entries, strict=True))
-        )
+        return tuple(entry.rounded(t, levels) for entry, t, levels in self._with_levels(entries))
 
     def storage(self) -> list[StoredShape]:
         return [shape for entry in self.entries for shape in entry.storage()]
 
     def pack(self, entries: Entries) -> Entries:
-        return tuple(s for entry, t in zip(self.entries, entries, strict=True) for s in entry.pack(t))
+        return tuple(s for entry, t, levels in self._with_levels(entries) for s in entry.pack(t, levels))
+
+    def _with_levels(self, entries: Entries) -> Iterator[tuple[Entry, Tensor, Tensor]]:
+        """Yields the layout of every entry, the entry, and its ``Entry.levels`` where the layer is."""
+        for index, (entry, t) in enumerate(zip(self.entries, entries, strict=True)):
+            yield entry, t, getattr(self, f"levels_{index}")
 
     def unpack(self, stored: Entries, dtype: torch.dtype) -> Entries:
         unpacked, start = [], 0

@@ -100,12 +100,15 @@ class Entry:
             shapes += [((self.rows, *codes), torch.uint8), ((self.rows, *scales), torch.float16)]
         return shapes
 
-    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Returns what the cache stores of ``x`` [..., rows, count], one tensor per item of ``storage``."""
+    def pack(self, x: Tensor, levels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Returns what the cache stores of ``x`` [..., rows, count], one tensor per item of ``storage``.
+
+        ``levels``: as in ``rounded``.
+        """
         if self.exact:
             return (x,)
         # All widths in one pass: a new token's numbers are few, and calls would cost more than they.
-        codes, scales = quantize(x, self._levels if x.device.type == "cpu" else self.levels(x.device))
+        codes, scales = quantize(x, (self.levels() if levels is None else levels).to(x.device))
         stored: list[Tensor] = []
         for start, stop, bits in self.segments:
             part = slice(start, stop)
@@ -125,10 +128,6 @@ class Entry:
             else:
                 parts.append(decode(rest.pop(0), rest.pop(0), bits, stop - start, dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    @cached_property
-    def _levels(self) -> Tensor:
-        return self.levels("cpu")
 
     def levels(self, device: torch.device | str = "cpu") -> Tensor:
         """Returns what ``rounded`` needs to know of the widths (``quantization.code_levels``)."""
