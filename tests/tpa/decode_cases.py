@@ -1,0 +1,68 @@
+"""Layers of every form with random factors, and caches of them that hold sequences of different lengths."""
+
+from __future__ import annotations
+
+import torch
+from random_models import small_config
+from torch import Tensor
+
+from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.layers import rotary_table
+from tpa_train.tpa.attention import FactorizedAttention
+from tpa_train.tpa.decode import CachedTokens
+from tpa_train.tpa.spec import LayerSpec
+
+GLOBAL, LOCAL = 1, 0  # layers of the config below; the window is 24
+
+
+def layer(groups: int, spec: LayerSpec | None, local: bool = False, seed: int = 0, **changes) -> Attention:
+    """Attention of two query heads a KV head, float64, every parameter away from its neutral value."""
+    values = dict(
+        num_layers=2, layer_kinds=("local", "global"), num_heads=2 * groups, num_kv_heads=groups, head_dim=40,
+        sliding_window=24,
+    )  # fmt: skip
+    config = small_config(**(values | changes))
+    index = LOCAL if local else GLOBAL
+    attention = Attention(config, index) if spec is None else FactorizedAttention(config, index, spec)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in attention.to(torch.float64).named_parameters():
+            scale = 0.3 if name.endswith(("norm.weight", "center")) else p.shape[-1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale)
+            if name.endswith("a_bias"):
+                p.add_(1.0)
+    return attention.eval().requires_grad_(False)
+
+
+def filled(attention: Attention, lengths: list[int], capacity: int, dtype: torch.dtype, rows=None, seed: int = 0):
+    """Returns queries [B, H, d] of each sequence's last token in ``dtype``, and what its layer has cached.
+
+    Slots without a token hold 100 (codes: 255), rows that no sequence has as well.
+    """
+    config = attention.config
+    slots = config.cached_tokens(attention.layer, capacity)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(lengths), capacity, config.hidden_size, generator=generator, dtype=torch.float64)
+    table = rotary_table(config, attention.kind, torch.arange(capacity))
+    rotary = tuple(t.double() for t in table)
+    packed = attention.pack(attention.write(x, rotary))
+    queries = attention.queries(x, rotary)
+    count = len(lengths) if rows is None else max(rows) + 2
+    stored = []
+    for t in packed:
+        kind = dtype if t.dtype == torch.float64 else t.dtype
+        buffer = torch.full((count, slots, *t.shape[2:]), 255 if kind == torch.uint8 else 100.0, dtype=kind)
+        for i, length in enumerate(lengths):
+            for position in range(max(0, length - slots), length):
+                buffer[i if rows is None else rows[i], position % slots] = t[i, position].to(kind)
+        stored.append(buffer)
+    last = torch.tensor(lengths).sub(1).clamp_min(0)
+    rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+    cached = CachedTokens(tuple(stored), torch.tensor(lengths, dtype=torch.int32), table, rows)
+    return queries[torch.arange(len(lengths)), last].to(dtype), cached
+
+
+def widened(cached: CachedTokens) -> CachedTokens:
+    """The same cache in float64."""
+    stored = tuple(t.double() if t.is_floating_point() and t.dim() == 4 else t for t in cached.stored)
+    return CachedTokens(stored, cached.lengths, tuple(t.double() for t in cached.rotary), cached.rows)
