@@ -26,8 +26,9 @@ from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import CachedTokens
-from tpa_train.tpa.decode.launch import Launch, Tiles, prepare
+from tpa_train.tpa.decode.launch import Launch, prepare
 from tpa_train.tpa.decode.plan import plan_of
+from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.spec import LayerSpec
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -92,10 +93,8 @@ def compile_launch(launch: Launch) -> dict:
             hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif launch.kernel.params[i].is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, int):
+        elif isinstance(value, int):  # no hints: the kernels specialize for none
             signature[name] = "i32"
-            if value % 16 == 0:
-                hints[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, hints)

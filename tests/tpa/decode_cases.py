@@ -12,7 +12,25 @@ from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import CachedTokens
 from tpa_train.tpa.spec import LayerSpec
 
-GLOBAL, LOCAL = 1, 0  # layers of the config below; the window is 24
+GLOBAL, LOCAL = 1, 0  # layers of the config below; the window is 24, head_dim 40
+S = LayerSpec
+# For two KV heads. Ranks that fill no block of a matrix product, and every width.
+FORMS = {
+    "dense": None,
+    "dense 8+4, 3+16": S("dense", 40, "dense", 40, (8, 4), (3, 16)),
+    "latent": S("latent", 35, "latent", 17),
+    "latent 6+16, 2+3": S("latent", 35, "latent", 33, (6, 16), (2, 3)),
+    "joint": S("joint", 49, "joint", 49),
+    "joint 8+6+4": S("joint", 70, "joint", 70, (8, 6, 4)),
+    "contextual": S("contextual", 2, "contextual", 1),
+    "contextual, R = 5": S("contextual", 5, "latent", 9, 8),
+    "constant A": S("constant_a", 2, "constant_a", 1, 4),
+    "constant B, contextual": S("constant_b", 9, "contextual", 2),
+    "dense, constant A": S("dense", 40, "constant_a", 2),
+    "tucker": S("tucker", 20, "tucker", 17, heads_k=1, heads_v=1),
+    "tucker, whole": S("tucker", 20, "tucker", 17, 3),
+    "dense, tucker": S("dense", 40, "tucker", 17, heads_v=1),
+}
 
 
 def layer(groups: int, spec: LayerSpec | None, local: bool = False, seed: int = 0, **changes) -> Attention:
@@ -34,14 +52,16 @@ def layer(groups: int, spec: LayerSpec | None, local: bool = False, seed: int = 
     return attention.eval().requires_grad_(False)
 
 
-def filled(attention: Attention, lengths: list[int], capacity: int, dtype: torch.dtype, rows=None, seed: int = 0):
-    """Returns queries [B, H, d] of each sequence's last token in ``dtype``, and what its layer has cached.
+def filled(
+    attention: Attention, lengths: list[int], capacity: int, dtype: torch.dtype, rows: list[int] | None = None
+) -> tuple[Tensor, CachedTokens, Tensor]:
+    """Returns queries [B, H, d] of each sequence's last token in ``dtype``, what its layer has cached, and its inputs.
 
     Slots without a token hold 100 (codes: 255), rows that no sequence has as well.
     """
     config = attention.config
     slots = config.cached_tokens(attention.layer, capacity)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(lengths), capacity, config.hidden_size, generator=generator, dtype=torch.float64)
     table = rotary_table(config, attention.kind, torch.arange(capacity))
     rotary = tuple(t.double() for t in table)
@@ -59,10 +79,12 @@ def filled(attention: Attention, lengths: list[int], capacity: int, dtype: torch
     last = torch.tensor(lengths).sub(1).clamp_min(0)
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
     cached = CachedTokens(tuple(stored), torch.tensor(lengths, dtype=torch.int32), table, rows)
-    return queries[torch.arange(len(lengths)), last].to(dtype), cached
+    return queries[torch.arange(len(lengths)), last].to(dtype), cached, x
 
 
-def widened(cached: CachedTokens) -> CachedTokens:
-    """The same cache in float64."""
-    stored = tuple(t.double() if t.is_floating_point() and t.dim() == 4 else t for t in cached.stored)
-    return CachedTokens(stored, cached.lengths, tuple(t.double() for t in cached.rotary), cached.rows)
+def moved(cached: CachedTokens, device: str, dtype: torch.dtype | None = None) -> CachedTokens:
+    """The same cache on a device; what floats in it (but scales) in ``dtype``, where one is given."""
+    stored = (t.to(dtype) if dtype and t.is_floating_point() and t.dim() == 4 else t for t in cached.stored)
+    rotary = (t.to(device, dtype) if dtype == torch.float64 else t.to(device) for t in cached.rotary)
+    rows = None if cached.rows is None else cached.rows.to(device)
+    return CachedTokens(tuple(t.to(device) for t in stored), cached.lengths.to(device), tuple(rotary), rows)

@@ -6,7 +6,8 @@ Grid and splits depend on shapes alone, so a step can be captured in a CUDA grap
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode import kernel
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import LEAST, LONGEST, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.decode.tuning import chosen, key_of
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
@@ -26,25 +29,14 @@ RESIDENT_BYTES = 72 << 10  # of U; what fits beside the tiles into a processor's
 LARGEST_OFFSET = 2**31 - 1  # numbers of one sequence in one buffer: offsets in it are 32-bit
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel is cut: tokens of a tile, warps, pipeline stages, numbers read at a time, programs a processor."""
-
-    tokens: int = 64
-    warps: int = 4
-    stages: int = 2
-    largest: int = 128
-    programs: int = 2
-
-
-def obstacle(attention: Attention, queries: Tensor, cached: CachedTokens) -> str | None:
+def obstacle(queries: Tensor, cached: CachedTokens) -> str | None:
     """Returns why the kernels cannot serve this call, in a few words; None where they can."""
     if queries.dtype not in DTYPES:
         return f"queries are {queries.dtype}"
     if not queries.is_cuda and not triton.knobs.runtime.interpret:
         return f"queries are on {queries.device.type}"
     for stored in cached.stored:
-        if not stored.is_contiguous():
+        if not stored[0].is_contiguous() or _pitch(stored) != _pitch(cached.stored[0]):
             return "a buffer is not contiguous"
         if stored[0].numel() > LARGEST_OFFSET:
             return "a sequence's buffer has more than 2³¹ numbers"
@@ -58,7 +50,8 @@ def attend_triton(
 ) -> Tensor:
     """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. ``tiles`` and ``splits`` override what is chosen."""
     plan = plan_of(attention, queries.dtype, queries.device)
-    out, launches = prepare(attention, plan, queries, cached, tiles or Tiles(), splits)
+    tiles = tiles or _chosen(attention, plan, queries, cached)
+    out, launches = prepare(attention, plan, queries, cached, tiles, splits)
     for launch in launches:
         launch.run()
     if plan.expand is None:
@@ -68,13 +61,18 @@ def attend_triton(
     return torch.einsum("bgnr,gdr->bgnd", latents, plan.expand).flatten(1, 2)
 
 
-def split_count(programs: int, slots: int, tiles: Tiles, processors: int) -> int:
-    """Returns into how many parts each context is cut, ``programs`` being the grid without splits.
+def _chosen(attention: Attention, plan: Plan, queries: Tensor, cached: CachedTokens) -> Tiles:
+    def key() -> tuple:
+        return key_of(
+            plan, len(queries), _pitch(cached.stored[0]), attention.config.num_heads, queries.dtype, queries.device
+        )
 
-    Enough to give every processor ``tiles.programs``, in whole waves; no more than there are tiles.
-    """
-    wanted = max(1, processors * tiles.programs // programs)
-    return min(wanted, max(1, math.ceil(slots / tiles.tokens)))
+    def run(tiles: Tiles) -> Callable[[], None]:
+        full = replace(cached, lengths=torch.full_like(cached.lengths, cached.slots))
+        launches = prepare(attention, plan, queries, full, tiles)[1]
+        return lambda: [launch.run() for launch in launches]
+
+    return chosen(plan, key, queries.dtype, run)
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,9 @@ def prepare(
     batch, repeats, half = len(queries), heads // groups, max(LEAST, power_of_two(d // 2))
     queries = queries.contiguous()
     grid = groups // plan.per_program
+    pitch = _pitch(cached.stored[0])  # the shape that decides: a view of the first slots only may grow with each step
     if splits is None:
-        splits = split_count(grid * batch, cached.slots, tiles, _processors(queries.device))
+        splits = tiles.splits(grid * batch, pitch, _processors(queries.device))
     keys, values = plan.keys, plan.values
     width = values.entry.count
     out = queries.new_empty(batch, heads, width)
@@ -116,7 +115,7 @@ def prepare(
         "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
         "VALUE_MODE": values.mode, "VALUE_ROWS": values.entry.rows, "VALUE_TENSOR": values.tensor,
         "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
-        "HAS_ROWS": cached.rows is not None, "RING": cached.slots < cached.rotary[0].shape[0], "SPLITS": splits,
+        "HAS_ROWS": cached.rows is not None, "RING": cached.slots < cached.rotary[0].shape[0], "SPLIT": splits > 1,
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -130,22 +129,27 @@ def prepare(
         arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "RESIDENT": up[0].nbytes <= RESIDENT_BYTES,
-            "WIDTH": up.shape[2], "LONGEST": LONGEST, "HB": half,
+            "WIDTH": up.shape[2], "LONGEST": LONGEST, "HB": half, "HC": min(half, tiles.columns),
         }  # fmt: skip
-        arguments, attend = (*arguments, cached.slots, scale, plan.eps), kernel.attend_rebuilt
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), kernel.attend_rebuilt
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
-        arguments, attend = (*arguments, cached.slots, scale), kernel.attend_direct
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
     launches = [Launch(attend, (grid, splits, batch), arguments, options)]
     if splits > 1:
         columns = min(64, power_of_two(width))
         options = {
-            "HEADS": heads, "E": width, "SPLITS": splits, "T": tiles.tokens, "BS": min(64, power_of_two(splits)),
-            "BE": columns, "DTYPE": DTYPES[dtype], "num_warps": 4,
+            "HEADS": heads, "E": width, "T": tiles.tokens, "BS": 32, "BE": columns, "DTYPE": DTYPES[dtype],
+            "num_warps": 4,
         }  # fmt: skip
-        arguments = (partial, lse, out, cached.lengths, cached.slots)
+        arguments = (partial, lse, out, cached.lengths, cached.slots, splits)
         launches.append(Launch(joining.combine, (triton.cdiv(width, columns), batch * heads), arguments, options))
     return out, launches
+
+
+def _pitch(stored: Tensor) -> int:
+    """Returns the tokens from one row of a buffer to the next: more than its slots where it is a view of the first."""
+    return stored.stride(0) // stored[0, 0].numel()
 
 
 def _is_scales(stored: Tensor) -> bool:

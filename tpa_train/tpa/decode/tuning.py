@@ -1,0 +1,81 @@
+"""Which tiles a shape runs with: a rule, or the fastest of a few that were measured when the shape was first seen.
+
+``TPA_DECODE_TUNE=1`` turns measuring on. It waits for the GPU, so it never happens while a CUDA graph is captured: run
+a step before. What was found is kept for the process; ``tuned`` shows it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+
+from tpa_train.tpa.decode.plan import Plan, power_of_two
+from tpa_train.tpa.decode.tiles import Tiles
+
+VARIABLE = "TPA_DECODE_TUNE"
+WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
+
+tuned: dict[tuple, Tiles] = {}
+
+
+def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
+    """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them)."""
+    if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
+        return Tiles(tokens=16, stages=1, largest=64, columns=32)
+    return Tiles() if plan.rebuilt else Tiles(columns=16)
+
+
+def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
+    """Returns the tiles to measure, the default first."""
+    found = [default_tiles(plan, dtype)]
+    if dtype == torch.float32:
+        return found
+    shapes = [(64, 4, 3), (128, 8, 2), (32, 4, 3)]
+    if plan.rebuilt:
+        found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
+        found += [Tiles(64, 4, 1), Tiles(64, 8, 2), Tiles(128, 4, 2, columns=32), Tiles(64, 4, 2, largest=64)]
+    else:
+        found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
+        found += [Tiles(64, 4, 4, programs=1), Tiles(64, 8, 3), Tiles(32, 2, 3, programs=8)]
+    return list(dict.fromkeys(found))
+
+
+def key_of(plan: Plan, batch: int, slots: int, heads: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Returns what tiles are chosen by: the form, the shapes, and the context to a power of two."""
+    sides = tuple((rows.entry, rows.mode) for rows in (plan.keys, plan.values))
+    return (sides, plan.rebuilt, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
+
+
+def chosen(
+    plan: Plan, key: Callable[[], tuple], dtype: torch.dtype, run: Callable[[Tiles], Callable[[], None]]
+) -> Tiles:
+    """Returns the tiles of a call.
+
+    Args:
+        plan: the layer's.
+        key: gives ``key_of`` the call.
+        dtype: of the operands.
+        run: prepares a call with given tiles, over a full cache, and returns what runs it.
+    """
+    if not tuned and not os.environ.get(VARIABLE):
+        return default_tiles(plan, dtype)
+    name = key()
+    if name not in tuned:
+        if not os.environ.get(VARIABLE) or torch.cuda.is_current_stream_capturing():
+            return default_tiles(plan, dtype)
+        tuned[name] = fastest(candidates(plan, dtype), run)
+    return tuned[name]
+
+
+def fastest(options: Iterable[Tiles], run: Callable[[Tiles], Callable[[], None]]) -> Tiles:
+    """Returns the fastest of ``options``; those that do not fit the device are passed over."""
+    times: dict[Tiles, float] = {}
+    for tiles in options:
+        try:
+            times[tiles] = triton.testing.do_bench(run(tiles), warmup=WARM_UP, rep=REPEATS, return_mode="median")
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return min(times, key=times.__getitem__)
