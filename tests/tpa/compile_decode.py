@@ -1,7 +1,7 @@
 """Compiles decoding kernels for an H100 without a GPU and prints one JSON line a case: what each launch takes of a
-processor. Needs a process in which Triton does not interpret; run it with PYTHONPATH=tests:tests/tpa.
+processor. Needs a process in which Triton does not interpret.
 
-    python tests/tpa/compile_decode.py CASE ...      (all cases when none is named)
+    python tests/tpa/compile_decode.py [tokens=64,warps=4,…] CASE ...      (all cases when none is named)
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import triton
-import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,6 +28,7 @@ from tpa_train.tpa.decode import CachedTokens
 from tpa_train.tpa.decode.launch import Launch, prepare
 from tpa_train.tpa.decode.plan import plan_of
 from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.decode.tuning import default_tiles
 from tpa_train.tpa.spec import LayerSpec
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -66,7 +66,9 @@ CASES = {
 }
 
 
-def launches_of(name: str, tiles: Tiles, dtype: torch.dtype = torch.bfloat16, batch: int = 1) -> list[Launch]:
+def launches_of(
+    name: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16, batch: int = 1
+) -> list[Launch]:
     size, index, spec = CASES[name]
     config = SIZES[size]
     attention = Attention(config, index) if spec is None else FactorizedAttention(config, index, spec)
@@ -76,7 +78,8 @@ def launches_of(name: str, tiles: Tiles, dtype: torch.dtype = torch.bfloat16, ba
     table = rotary_table(config, attention.kind, torch.arange(CONTEXT))
     cached = CachedTokens(stored, torch.ones(batch, dtype=torch.int32), table)
     queries = torch.zeros(batch, config.num_heads, config.head_dim, dtype=dtype)
-    return prepare(attention, plan_of(attention, dtype, queries.device), queries, cached, tiles)[1]
+    plan = plan_of(attention, dtype, queries.device)
+    return prepare(attention, plan, queries, cached, tiles or default_tiles(plan, dtype))[1]
 
 
 def compile_launch(launch: Launch) -> dict:
@@ -123,7 +126,7 @@ def resources(ptx: str) -> dict:
 
 
 def main(names: list[str]) -> None:
-    tiles = Tiles()
+    tiles = None
     if names and "=" in names[0]:
         tiles = Tiles(**{k: int(v) for k, v in (item.split("=") for item in names.pop(0).split(","))})
     for name in names or CASES:
@@ -134,5 +137,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    assert isinstance(tl.constexpr(1), tl.constexpr)
     main(sys.argv[1:])

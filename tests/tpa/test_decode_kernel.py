@@ -1,6 +1,7 @@
 """The decoding kernels against the reference: on the GPU if there is one, else in Triton's interpreter."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -93,9 +94,9 @@ def test_other_numbers_of_heads(spec, groups, changes):
 
 
 @torch.no_grad()
-def test_factors_that_are_not_resident(monkeypatch):
-    monkeypatch.setattr("tpa_train.tpa.decode.launch.RESIDENT_BYTES", 0)
-    assert _errors(layer(2, FORMS["joint"]), [18], 18, F32, splits=1)[0] < 2e-6
+def test_factors_that_are_not_resident():
+    tiles = dataclasses.replace(SMALL, resident=0)
+    assert _errors(layer(2, FORMS["joint"]), [18], 18, F32, tiles=tiles, splits=1)[0] < 2e-6
 
 
 @torch.no_grad()

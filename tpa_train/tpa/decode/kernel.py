@@ -19,9 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.unpacking import dot, load_piece, narrow, operand, zeros
 
-UNROLLED = tl.constexpr(4)  # more rows than this are a loop of their own
+UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
 EMPTY = tl.constexpr(float("-inf"))
 
 
@@ -150,7 +151,7 @@ def _query_piece(q, head, inside, d: tl.constexpr, PIECES: tl.constexpr, i: tl.c
     n = tl.arange(0, PIECES[7 * i + 4])
     keep = (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[:, None] & inside[None, :]
     x = tl.load(q + (head * d)[None, :] + (PIECES[7 * i + 5] + n)[:, None], mask=keep, other=0.0)
-    return narrow(x.to(tl.float32), DTYPE)
+    return x
 
 
 @triton.jit
@@ -317,7 +318,7 @@ def attend_rebuilt(
         keep = (column < d // 2)[:, None] & inside[None, :]
         for part in tl.static_range(2):
             x = tl.load(at_q + (part * (d // 2) + column)[:, None], mask=keep, other=0.0)
-            qs = qs + (x.to(tl.float32),)
+            qs = qs + (x,)
             if RESIDENT:
                 for i in tl.static_range(COUNT):
                     ups = ups + (_up_piece(up + part * (WIDTH * HB), column, KEY_PIECES, i, HB),)
@@ -357,8 +358,8 @@ def attend_rebuilt(
             base = (first + tile) * (d // 2) + column
             cb = tl.load(cos + base, mask=low, other=0.0)[:, None]
             sb = tl.load(sin + base, mask=low, other=0.0)[:, None]
-            q1 = qs[2 * b]
-            q2 = qs[2 * b + 1]
+            q1 = qs[2 * b].to(tl.float32)
+            q2 = qs[2 * b + 1].to(tl.float32)
             s = dot(narrow(k1 * c1 - k2 * s1, DTYPE), narrow(q1 * cb + q2 * sb, DTYPE), s, DTYPE)
             s = dot(narrow(k2 * c1 + k1 * s1, DTYPE), narrow(q2 * cb - q1 * sb, DTYPE), s, DTYPE)
         if HAS_RMS:

@@ -25,7 +25,6 @@ from tpa_train.tpa.decode.tuning import chosen, key_of
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
-RESIDENT_BYTES = 72 << 10  # of U; what fits beside the tiles into a processor's shared memory, twice
 LARGEST_OFFSET = 2**31 - 1  # numbers of one sequence in one buffer: offsets in it are 32-bit
 
 
@@ -128,8 +127,8 @@ def prepare(
         up = plan.lay_out(key_pieces, half, dtype)
         arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
         options |= {
-            "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "RESIDENT": up[0].nbytes <= RESIDENT_BYTES,
-            "WIDTH": up.shape[2], "LONGEST": LONGEST, "HB": half, "HC": min(half, tiles.columns),
+            "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
+            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), kernel.attend_rebuilt
     else:

@@ -15,6 +15,7 @@ from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.quantization import GROUP
 
 OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel._weighted``
+UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 import triton
 
-from tpa_train.tpa.decode.plan import Plan, power_of_two
+from tpa_train.tpa.decode.plan import OWN, UNROLLED, Plan, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
 
 VARIABLE = "TPA_DECODE_TUNE"
@@ -22,24 +22,33 @@ tuned: dict[tuple, Tiles] = {}
 
 
 def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
-    """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them)."""
+    """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them).
+
+    Two programs share a processor where their tiles allow it: what one of them waits for, the other does meanwhile.
+    """
     if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
-        return Tiles(tokens=16, stages=1, largest=64, columns=32)
-    return Tiles() if plan.rebuilt else Tiles(columns=16)
+        return Tiles(tokens=16, stages=1, largest=32, columns=16)
+    if plan.rebuilt:
+        return Tiles()
+    # Of rows that are a loop of their own only one is in a tile.
+    rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
+    numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
+    return Tiles(tokens=64 if numbers <= 512 else 32 if numbers <= 1024 else 16)
 
 
 def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
     """Returns the tiles to measure, the default first."""
-    found = [default_tiles(plan, dtype)]
+    first = default_tiles(plan, dtype)
     if dtype == torch.float32:
-        return found
-    shapes = [(64, 4, 3), (128, 8, 2), (32, 4, 3)]
+        return [first]
+    shapes = [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1), (128, 8, 2), (32, 4, 2), (32, 4, 3)]
+    found = [first]
     if plan.rebuilt:
         found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
-        found += [Tiles(64, 4, 1), Tiles(64, 8, 2), Tiles(128, 4, 2, columns=32), Tiles(64, 4, 2, largest=64)]
+        found += [Tiles(64, 4, 2, programs=4), Tiles(64, 4, 2, largest=64), Tiles(128, 8, 1, resident=0)]
     else:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
-        found += [Tiles(64, 4, 4, programs=1), Tiles(64, 8, 3), Tiles(32, 2, 3, programs=8)]
+        found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
     return list(dict.fromkeys(found))
 
 

@@ -127,7 +127,9 @@ def operand(
         stored, sequence, slot, valid, row, ROWS, PIECES[7 * i], PIECES[7 * i + 1], PIECES[7 * i + 2],
         PIECES[7 * i + 3], PIECES[7 * i + 4],
     )  # fmt: skip
-    return narrow(x.to(tl.float32), DTYPE)
+    if x.dtype != DTYPE:  # else it goes from memory to the product as it is
+        x = narrow(x.to(tl.float32), DTYPE)
+    return x
 
 
 @triton.jit
