@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,12 @@ import pytest
 # Test processes share the machine's cores; read when torch is imported, by them and by the processes that they start.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# Without a GPU's driver Triton's kernels run in its interpreter. Read when Triton is imported, as PyTorch does.
+with contextlib.suppress(OSError):
+    ctypes.CDLL("libcuda.so.1")
+    os.environ.setdefault("TRITON_INTERPRET", "0")
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

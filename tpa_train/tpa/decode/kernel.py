@@ -337,8 +337,10 @@ def attend_rebuilt(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
             cs = cs + (c,)
-        # Zero, which the compiler does not know: or it would load all of U and the table before the loop.
+        # Zero, which the compiler does not know: or it would load all of U and the table before the loop. The table is
+        # declared as aligned to 8 bytes only: copies of 16 bypass the L1 cache, where it is to stay.
         zero = tl.multiple_of((tile - begin) % T, 16)
+        shift = tl.multiple_of((tile - begin) % T, 4)
         s = tl.zeros((T, BH), tl.float32)
         square = tl.zeros((T,), tl.float32)
         for b in tl.static_range(HB // HC):
@@ -352,8 +354,8 @@ def attend_rebuilt(
                 square += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
                 k1 *= tl.load(gamma + column)[None, :]
                 k2 *= tl.load(gamma + HB + column)[None, :]
-            c1 = tl.load(at_table + column[None, :] + zero).to(tl.float32)
-            s1 = tl.load(at_table + LONGEST * HB + column[None, :] + zero).to(tl.float32)
+            c1 = tl.load(at_table + column[None, :] + shift).to(tl.float32)
+            s1 = tl.load(at_table + LONGEST * HB + column[None, :] + shift).to(tl.float32)
             low = column < d // 2
             base = (first + tile) * (d // 2) + column
             cb = tl.load(cos + base, mask=low, other=0.0)[:, None]
