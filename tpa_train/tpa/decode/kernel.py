@@ -337,23 +337,22 @@ def attend_rebuilt(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
             cs = cs + (c,)
-        # Zero, which the compiler does not know: or it would load all of U and the table before the loop. The table is
-        # declared as aligned to 8 bytes only: copies of 16 bypass the L1 cache, where it is to stay.
+        # Zero, which the compiler does not know: or it would load constants before the loop, into more registers than
+        # there are. The table is declared as aligned to 8 bytes only: copies of 16 bypass the L1 cache, its place.
         zero = tl.multiple_of((tile - begin) % T, 16)
         shift = tl.multiple_of((tile - begin) % T, 4)
         s = tl.zeros((T, BH), tl.float32)
         square = tl.zeros((T,), tl.float32)
         for b in tl.static_range(HB // HC):
             column = b * HC + tl.arange(0, HC)
-            k1 = _half_keys(cs, ups, up + zero, offset, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
-            k2 = _half_keys(
-                cs, ups, up + WIDTH * HB + zero, offset + HB, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB,
-                DTYPE,
-            )  # fmt: skip
+            u, o = up + zero, offset + zero
+            k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+            u, o = u + WIDTH * HB, o + HB
+            k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
             if HAS_RMS:
                 square += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
-                k1 *= tl.load(gamma + column)[None, :]
-                k2 *= tl.load(gamma + HB + column)[None, :]
+                k1 *= tl.load(gamma + zero + column)[None, :]
+                k2 *= tl.load(gamma + zero + HB + column)[None, :]
             c1 = tl.load(at_table + column[None, :] + shift).to(tl.float32)
             s1 = tl.load(at_table + LONGEST * HB + column[None, :] + shift).to(tl.float32)
             low = column < d // 2
