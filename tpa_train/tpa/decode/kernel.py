@@ -276,6 +276,27 @@ def _latent(
     return x
 
 
+@triton.jit
+def _keys_at_once(
+    stored, sequence, slot, valid, row, mix, ups, up, offset, column, MODE: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, RESIDENT: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, HB: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the keys, float32 [T, HB]: a piece of the latents is used up before the next is read."""
+    k1 = zeros(slot.shape[0], HB) + tl.load(offset + column)[None, :]
+    k2 = zeros(slot.shape[0], HB) + tl.load(offset + HB + column)[None, :]
+    COUNT: tl.constexpr = len(PIECES) // 7
+    for i in tl.static_range(COUNT):
+        c = _latent(stored, sequence, slot, valid, row, mix, MODE, ROWS, GROUPS, PIECES, i, DTYPE)
+        if RESIDENT:
+            k1 = dot(c, ups[i], k1, DTYPE)
+            k2 = dot(c, ups[COUNT + i], k2, DTYPE)
+        else:
+            k1 = dot(c, _up_piece(up, column, PIECES, i, HB), k1, DTYPE)
+            k2 = dot(c, _up_piece(up + WIDTH * HB, column, PIECES, i, HB), k2, DTYPE)
+    return k1, k2
+
+
 @triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_rebuilt(
     q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, up, offset, gamma, relative, cos, sin,
@@ -331,8 +352,8 @@ def attend_rebuilt(
         valid = slot < end
         if RING:
             slot = (first + slot) % slots
-        cs = ()
-        for i in tl.static_range(COUNT):
+        cs = ()  # where the keys come in several blocks of columns, which all need the latents
+        for i in tl.static_range(COUNT if HC < HB else 0):
             c = _latent(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
@@ -346,9 +367,15 @@ def attend_rebuilt(
         for b in tl.static_range(HB // HC):
             column = b * HC + tl.arange(0, HC)
             u, o = up + zero, offset + zero
-            k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
-            u, o = u + WIDTH * HB, o + HB
-            k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+            if HC < HB:
+                k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+                u, o = u + WIDTH * HB, o + HB
+                k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+            else:
+                k1, k2 = _keys_at_once(
+                    stored, sequence, slot, valid, row, key_weights, ups, u, o, column, KEY_MODE, KEY_ROWS, GROUPS,
+                    RESIDENT, KEY_PIECES, WIDTH, HB, DTYPE,
+                )  # fmt: skip
             if HAS_RMS:
                 square += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
                 k1 *= tl.load(gamma + zero + column)[None, :]
@@ -368,8 +395,10 @@ def attend_rebuilt(
         if NORM >= 0:
             s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM)
         p, m, total, alpha = _softmax(s * scale, valid, m, total)
+        # Wide joint latents are read twice: kept for the values, they would fill the registers.
+        again = sequence if RESIDENT else sequence + zero
         accs = _add_values(
-            accs, p, alpha, stored, sequence, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
+            accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, DTYPE,
         )  # fmt: skip
     _leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)

@@ -30,8 +30,8 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
         tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
-        if size > tiles.resident:  # every tile reads all of U, so it serves as many tokens as it can
-            return Tiles(tokens=128, warps=8, stages=1)
+        if size > tiles.resident:
+            return Tiles(stages=1, largest=64, columns=128)
         return Tiles(stages=1) if 2 * size <= tiles.resident else tiles
     # Of rows that are a loop of their own only one is in a tile.
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
@@ -49,6 +49,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
     if plan.rebuilt:
         found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
         found += [Tiles(64, 4, 1, programs=4), Tiles(64, 4, 2, largest=64), Tiles(128, 8, 1, resident=0)]
+        found += [Tiles(*shape, largest=64, columns=128) for shape in ((64, 4, 1), (64, 8, 1), (128, 8, 1))]
     else:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
