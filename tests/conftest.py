@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 # Test processes share the machine's cores; read when torch is imported, by them and by the processes that they start.
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# Set in them alone: they would inherit the share of the one that starts them, which is all of the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU, its kernels are interpreted
 
 # Without a GPU's driver Triton's kernels run in its interpreter. Read when Triton is imported, as PyTorch does.
 with contextlib.suppress(OSError):
@@ -34,11 +39,30 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[Callable]:
+    """Reports come without pictures: drawing them takes longer than a tiny run. Gives what draws them."""
+    from tpa_train.evaluation import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw = report._write_plots
+        patch.setattr(report, "_write_plots", lambda folder, report: {})
+        yield draw
+
+
+@pytest.fixture
+def drawn(undrawn, monkeypatch) -> None:
+    """Reports of this test come with their pictures."""
+    monkeypatch.setattr("tpa_train.evaluation.report._write_plots", undrawn)
+
+
 @pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run of recipe=distill; not to be changed."""
+def finished(tiny, undrawn, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run of recipe=distill, pictures included; not to be changed."""
     from tpa_train.launch import main
 
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["recipe=distill", *tiny.options, f"run_dir={run}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tpa_train.evaluation.report._write_plots", undrawn)
+        assert main(["recipe=distill", *tiny.options, f"run_dir={run}"]) == 0
     return run

@@ -20,12 +20,6 @@ from tpa_train.errors import UserError
 from tpa_train.launch import main
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Reports of runs are drawn in other tests; drawing takes longer than the run."""
-    monkeypatch.setattr("tpa_train.evaluation.report._write_plots", lambda folder, report: {})
-
-
 def resume(run) -> int:
     return main([f"run_dir={run}", "resume=true"])
 

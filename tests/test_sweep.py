@@ -24,12 +24,6 @@ TWO, FIVE = "budget.cache_ratio=2", "budget.cache_ratio=5"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Reports of runs are drawn in other tests; drawing takes longer than the run."""
-    monkeypatch.setattr("tpa_train.evaluation.report._write_plots", lambda folder, report: {})
-
-
 def without(options, *keys):
     return [option for option in options if not option.startswith(keys)]
 

@@ -1,7 +1,6 @@
 """The Triton kernels against the definition: on the GPU if there is one, else in Triton's interpreter."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from tpa_train.distillation.losses import TorchDivergence
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (its wheels come with CUDA builds of PyTorch)", allow_module_level=True)
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 from tpa_train.distillation import divergence_kernel  # noqa: E402
 from tpa_train.distillation.divergence_kernel import TritonDivergence, scaled_half  # noqa: E402

@@ -99,9 +99,9 @@ def test_zero_weights_give_zero_not_nan(chunk):
 
 def test_gradcheck(chunk):
     student, teacher, student_head, teacher_head = _random()
-    weights = torch.rand(5, dtype=torch.float64)
-    inputs = (student[:5].clone().requires_grad_(), student_head[:31].clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda s, w: linear_kl(s, teacher[:5], w, teacher_head[:31], weights)[0], inputs)
+    weights = torch.rand(3, dtype=torch.float64)
+    inputs = (student[:3].clone().requires_grad_(), student_head[:9].clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda s, w: linear_kl(s, teacher[:3], w, teacher_head[:9], weights)[0], inputs)
 
 
 def test_no_gradient_reaches_the_teacher(chunk):

@@ -74,7 +74,7 @@ def test_json_has_the_schema(tmp_path):
     assert "torch" in content["versions"] and content["command"].startswith("python ")
 
 
-def test_everything_given_is_shown(tmp_path):
+def test_everything_given_is_shown(tmp_path, drawn):
     csv = tmp_path / "metrics.csv"
     csv.write_text("epoch,step,lr,train/loss\n0,0,0.1,\n0,1,,0.5\n0,2,,0.25\n")
     report = _report(
@@ -95,7 +95,7 @@ def test_everything_given_is_shown(tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_only_what_is_needed(tmp_path):
+def test_only_what_is_needed(tmp_path, drawn):
     teacher = _report().stages[:1]
     write_report(tmp_path, _report(stages=teacher, layers=[]))
     assert "What was lost" not in (tmp_path / "report.md").read_text()

@@ -1,6 +1,5 @@
 """The closed form is optimal where that can be known and the original at full rank; the fit only ever helps."""
 
-import time
 import warnings
 
 import pytest
@@ -224,14 +223,6 @@ def test_a_fit_that_cannot_help_changes_nothing(monkeypatch):
     assert all(torch.equal(start[n], fitted[n]) for n in start)
     found = contextual_tensor_decomposition(weight, None, 1)
     assert fit_contextual(TokenTargets(weight, sample, None, "k"), found.a, found.b, 20) is None
-
-
-def test_a_layer_takes_seconds():
-    attention = random_layer(groups=8, heads=8, hidden=512, d=64)
-    sample, moments = random_sample(attention, "k", count=4096), random_moments(heads_of(attention, "k"))
-    start = time.monotonic()
-    _init_contextual_factorization(attention, "k", 2, moments, sample, steps=40)
-    assert time.monotonic() - start < 30
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion

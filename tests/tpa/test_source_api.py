@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pydoc_data.topics
@@ -44,6 +45,14 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("source") / "model", state)
 
 
+@pytest.fixture(autouse=True)
+def little_text(request, monkeypatch):
+    """Models write 256 tokens to calibrate on instead of 1 024."""
+    if "real" not in request.keywords:
+        brief = functools.partial(calibrate_on_own_text, rows=8, length=32)
+        monkeypatch.setattr("tpa_train.factorization.own_text.calibrate_on_own_text", brief)
+
+
 @pytest.fixture
 def model(folder):
     model = Gemma3ForMultimodalLMwithTPA(TINY)
@@ -65,7 +74,7 @@ def test_the_example(model, form, tmp_path):
     ids = tokens(TINY, 2, 40)
     expected, shared = model(ids), {n: p for n, p in model.named_parameters() if n.startswith(("embed", "norm"))}
     dense_bytes = model.cache_bytes(TINY.max_context)
-    FORMS[form](model)
+    FORMS[form](model, **({"steps": 10} if form == "contextual" else {}))
     assert {(s.form_k, s.form_v) for s in model.specs} == {(form, form)} and model.converted_layers == list(range(7))
     assert all(p is dict(model.named_parameters())[n] for n, p in shared.items())
     assert model.cache_bytes(TINY.max_context) < dense_bytes
@@ -175,7 +184,7 @@ def test_calibration_is_used(folder, form, low):
     for name in ("own text", "calibration", "weights"):
         model = Gemma3ForMultimodalLMwithTPA(TINY)
         model.load_weights(folder)
-        calibration = calibrate_on_own_text(model, seed=5) if name == "calibration" else None
+        calibration = calibrate_on_own_text(model, rows=4, length=16, seed=5) if name == "calibration" else None
         FORMS[form](model, **low, **fit, **({"moments": {}} if name == "weights" else {"calibration": calibration}))
         converted[name] = model(ids)
     assert len({float(logits.sum()) for logits in converted.values()}) == 3

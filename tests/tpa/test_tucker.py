@@ -89,7 +89,8 @@ def student_of(model, specs, extra=None):
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
 def test_full_rank_equals_the_dense_model(size):
-    """Every set of kinds; hidden whole or explicit, heads whole or explicit, features shared or not, all met."""
+    """Every set of kinds; hidden whole or explicit, heads whole or explicit, features shared or not, all met by the
+    270M and the 4B; every third set by the others."""
     config = head_shapes(size)
     model, ids = random_model(config), tokens(config, 1, 20)
     expected = model(ids)
@@ -100,6 +101,8 @@ def test_full_rank_equals_the_dense_model(size):
         explicit = {f"heads_{kind}": heads for kind in set(kinds) & {"k", "v"}}
         specs.append(tucker(config, kinds, hidden=hidden, shared_features=shared, **explicit))
     specs.append(tucker(config, "qkvo", hidden=32, heads_k=config.num_kv_heads, heads_v=0))
+    if size not in ("270m", "4b"):
+        specs = specs[list(SIZES).index(size) % 2 :: 3][:4]
     for pair in zip(specs[::2], specs[1::2], strict=True):
         student = student_of(model, list(pair))
         assert student.converted_layers == [0, 1]

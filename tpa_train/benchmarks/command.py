@@ -21,6 +21,8 @@ PROGRAM = "python scripts/benchmark.py"
 # name -> module and settings class; imported when it is asked for
 BENCHMARKS = {
     "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
+    "decode": "tpa_train.benchmarks.decode:DecodeSettings",
+    "decode_cpu": "tpa_train.benchmarks.decode_steps:DecodeStepSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "loss": "tpa_train.benchmarks.loss:LossSettings",
     "quality": "tpa_train.benchmarks.quality:QualitySettings",

@@ -27,7 +27,7 @@ from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.entries import Bits
-from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, dense_name, set_parameter
+from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, converted_attention
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 SWEEPS = 100  # of the alternation
@@ -413,16 +413,7 @@ def convert_from_standard_weights(
     ranks, constants = {"q": rank_q, "k": rank_k, "v": rank_v}, {"k": constant_k, "v": constant_v}
     spec = _layer_spec(attention.config, ranks, constants, bits_k, bits_v)
     factors = _layer_factors(attention, spec, moments, sample, steps)
-    with torch.device("meta"):
-        converted = FactorizedAttention(attention.config, attention.layer, spec)
-    originals = dict(attention.named_parameters())
-    for name, _ in list(converted.named_parameters()):
-        source = dense_name(f".self_attn.{name}", spec)
-        if source is None:
-            set_parameter(converted, name, torch.nn.Parameter(factors[name], requires_grad=False))
-        else:
-            set_parameter(converted, name, originals[source.removeprefix(".self_attn.")])
-    return converted.train(attention.training)
+    return converted_attention(attention, spec, factors)
 
 
 def apply_contextual_tensor_decomposition(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,8 @@ from tpa_train.gemma3.attention import AttentionContext
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import DecoderLayer, Gemma3ForCausalLM
-from tpa_train.tpa.attention import FactorizedAttention
-from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-from tpa_train.tpa.spec import LayerSpec, dense_specs
+from tpa_train.tpa.gemma3_tpa_model_modular import converted_attention
+from tpa_train.tpa.spec import LayerSpec
 
 NOISE_BITS = 3  # coarse enough that its KL stands out of half precision's, fine enough to be a small error
 
@@ -142,11 +142,12 @@ def read_outputs(hidden: Tensor, context: AttentionContext, pick: slice) -> Tens
 
 def changed_layer(model: Gemma3ForCausalLM, bases: Bases, probe: Probe) -> DecoderLayer:
     """Returns decoder layer ``probe.layer`` with its attention in the probe's form; the rest is the model's own."""
-    specs = dense_specs(model.config)
-    specs[probe.layer] = probe.spec(model.config)
-    weight = model.embed_tokens.weight
-    factors = layer_factors(model, bases, probe.layer, specs[probe.layer])
-    factors = {n: t.to(device=weight.device, dtype=accumulation_dtype(weight.dtype)) for n, t in factors.items()}
-    student = Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors)
-    assert isinstance(student.layers[probe.layer].self_attn, FactorizedAttention)
-    return student.layers[probe.layer]
+    layer, spec = model.layers[probe.layer], probe.spec(model.config)
+    weight, prefix = model.embed_tokens.weight, f"layers.{probe.layer}.self_attn."
+    factors = {
+        name.removeprefix(prefix): t.to(device=weight.device, dtype=accumulation_dtype(weight.dtype))
+        for name, t in layer_factors(model, bases, probe.layer, spec).items()
+    }
+    changed = copy.copy(layer)  # the layer's own norms and MLP around another attention
+    changed._modules = {**layer._modules, "self_attn": converted_attention(layer.self_attn, spec, factors)}
+    return changed

@@ -309,3 +309,20 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     owner = module.get_submodule(path)
     assert leaf in owner._parameters, name
     owner._parameters[leaf] = parameter
+
+
+def converted_attention(attention: Attention, spec: LayerSpec, factors: dict[str, Tensor]) -> FactorizedAttention:
+    """Returns a dense layer's attention in the forms of ``spec``; what is no factor is shared with ``attention``.
+
+    ``factors``: tensors by their name in the attention.
+    """
+    with torch.device("meta"):
+        converted = FactorizedAttention(attention.config, attention.layer, spec)
+    originals = dict(attention.named_parameters())
+    for name, _ in list(converted.named_parameters()):
+        source = dense_name(f".self_attn.{name}", spec)
+        own = nn.Parameter(factors[name].detach(), requires_grad=False) if source is None else None
+        set_parameter(converted, name, originals[source.removeprefix(".self_attn.")] if own is None else own)
+    device = next(iter(originals.values())).device
+    converted._buffers = {name: constant.to(device) for name, constant in converted._buffers.items()}
+    return converted.train(attention.training)
