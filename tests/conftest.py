@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +16,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU, its kernels are interpreted
-
-# Without a GPU's driver Triton's kernels run in its interpreter. Read when Triton is imported, as PyTorch does.
-with contextlib.suppress(OSError):
-    ctypes.CDLL("libcuda.so.1")
-    os.environ.setdefault("TRITON_INTERPRET", "0")
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

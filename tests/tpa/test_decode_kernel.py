@@ -95,7 +95,7 @@ def test_other_numbers_of_heads(spec, groups, changes):
 
 @torch.no_grad()
 def test_factors_that_are_not_resident():
-    tiles = dataclasses.replace(SMALL, resident=0)
+    tiles = dataclasses.replace(SMALL, resident=0, columns=32)
     assert _errors(layer(2, FORMS["joint"]), [18], 18, F32, tiles=tiles, splits=1)[0] < 2e-6
 
 

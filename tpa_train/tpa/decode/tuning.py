@@ -7,7 +7,7 @@ a step before. What was found is kept for the process; ``tuned`` shows it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -83,12 +83,12 @@ def chosen(
     return tuned[name]
 
 
-def fastest(options: Iterable[Tiles], run: Callable[[Tiles], Callable[[], None]]) -> Tiles:
+def fastest(options: Sequence[Tiles], run: Callable[[Tiles], Callable[[], None]]) -> Tiles:
     """Returns the fastest of ``options``; those that do not fit the device are passed over."""
     times: dict[Tiles, float] = {}
     for tiles in options:
         try:
             times[tiles] = triton.testing.do_bench(run(tiles), warmup=WARM_UP, rep=REPEATS, return_mode="median")
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
-    return min(times, key=times.__getitem__)
+    return min(times, key=times.__getitem__, default=options[0])
