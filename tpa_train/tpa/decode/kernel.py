@@ -396,7 +396,7 @@ def attend_rebuilt(
             s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM)
         p, m, total, alpha = _softmax(s * scale, valid, m, total)
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
-        again = sequence if RESIDENT else sequence + zero
+        again = sequence + zero if WIDTH > 192 else sequence
         accs = _add_values(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, DTYPE,

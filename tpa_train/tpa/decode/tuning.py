@@ -16,6 +16,7 @@ from tpa_train.tpa.decode.plan import OWN, UNROLLED, Plan, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
 
 VARIABLE = "TPA_DECODE_TUNE"
+SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
 tuned: dict[tuple, Tiles] = {}
@@ -32,7 +33,10 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
         tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
         if size > tiles.resident:
             return Tiles(stages=1, largest=64, columns=128)
-        return Tiles(stages=1) if 2 * size <= tiles.resident else tiles
+        # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
+        token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
+        pipelined = size + (tiles.stages * tiles.tokens * token >> 10)
+        return tiles if 2 * size > tiles.resident and pipelined <= SHARED else Tiles(stages=1)
     # Of rows that are a loop of their own only one is in a tile.
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
