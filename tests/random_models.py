@@ -152,5 +152,8 @@ class ByteTokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return [self.bos_id] * bos + [4 + b % 90 for b in text.encode()]
 
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
+    def piece_text(self, index: int) -> str:
+        return f" {index}"
+
+    def byte_value(self, index: int) -> None:
+        return None

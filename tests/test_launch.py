@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from tpa_train.runs import RunFolder
 from tpa_train.tpa.command import main as generate
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.generation import generate as continue_text
+from tpa_train.trainers import LOGGERS
 
 IDS = torch.arange(2, 62)[None]
 
@@ -113,6 +115,14 @@ def test_export_of_each_stage(finished, tmp_path, capsys):
     assert "factorized" in card and "**distilled**" not in card, "the card must not quote another stage's figures"
 
 
+def test_exporting_needs_no_logger(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "run.yaml").write_text((run / "run.yaml").read_text().replace("kind: csv", "kind: wandb"))
+    monkeypatch.setitem(LOGGERS, "wandb", ("no_such_package",))
+    assert load_settings(run).logger.kind == "wandb" and export_run(run, tmp_path / "out")[0] == "distilled"
+
+
 def test_export_for_transformers(finished, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     export([f"checkpoint={finished}", f"out={tmp_path / 'hf'}", "format=hf"])
@@ -164,7 +174,11 @@ def test_generate_streams_what_the_model_writes(finished, capsys):
         generate([f"model={model}", "prompt=the hello", "max_tokens=9", "device=cpu"])
         printed = capsys.readouterr()
         assert printed.out == expected + "\n" and "tokens/s" in printed.err and "bytes" in printed.err
-    for wrong in ("max_tokens=0", "temperature=-1", "top_k=0", "top_p=2", "dtype=int8", "device=toaster"):
+    stop = expected[2:6]
+    generate([f"model={finished}", "prompt=the hello", "max_tokens=9", "device=cpu", f"stop={stop}", "stop=never"])
+    assert capsys.readouterr().out == expected[: expected.find(stop)] + "\n"
+    for wrong in ("max_tokens=0", "temperature=-1", "top_k=0", "top_p=2", "min_p=-1", "repetition_penalty=0", "stop=",
+                  "dtype=int8", "device=toaster"):  # fmt: skip
         with pytest.raises(UserError, match=wrong.split("=")[0]):
             generate([f"model={finished}", "prompt=x", wrong])
 

@@ -14,7 +14,15 @@ from tpa_train.factorization.allocation import FORMS, Budget, layers_to_convert,
 from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.peers import better_uniform, dense_peers, frontier_peers
-from tpa_train.pipeline import Measured, Session, choose_balance, choose_specs, measure, sensitivity_text
+from tpa_train.pipeline import (
+    Measured,
+    Session,
+    choose_balance,
+    choose_student,
+    factorize_model,
+    measure,
+    sensitivity_text,
+)
 from tpa_train.recipes import compose
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes, dense_specs
@@ -23,6 +31,11 @@ from tpa_train.tpa.spec import cache_bytes, dense_specs
 def _session(tiny, folder, *options, measured=None, loaded=None):
     own = [o for o in tiny.options if not o.startswith(("budget.bits", "budget.forms", "budget.cache_ratio"))]
     return Session(compose(["recipe=distill", *own, *options, f"run_dir={folder}"]), folder, loaded, measured)
+
+
+def choose_specs(*arguments):
+    student, kls = choose_student(*arguments)
+    return student.specs, kls
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +163,7 @@ def test_a_layer_whose_parts_cost_nothing_has_a_balance(make):
         assert 0 < choose_balance(session, bases, found, layer, 8, text) < float("inf")
 
 
-# --------------------------------------------------------------------------------------------------------- choose_specs
+# ------------------------------------------------------------------------------------------------------- choose_student
 
 
 def test_the_mix_that_costs_least_wins(make, monkeypatch):
@@ -177,6 +190,13 @@ def test_the_mix_that_costs_least_wins(make, monkeypatch):
         alone = [("latent", "joint"), ("latent",), ("joint",)][wanted]
         assert kls["measured"] == 0.1
         assert {s.form_k for s in specs} | {s.form_v for s in specs} <= {*alone, "dense"}
+
+
+def test_the_chosen_student_is_built_once(make, monkeypatch):
+    session, built = make("budget.cache_ratio=4", "budget.forms=latent"), []
+    monkeypatch.setattr(pipeline, "build_student", lambda *given: built.append(build_student(*given)) or built[-1])
+    student, _, _, _ = factorize_model(session)
+    assert built == [student] and set(student.output_metrics) == set(student.converted_layers)
 
 
 def test_other_forms_that_were_measured_stay_out(make, monkeypatch):

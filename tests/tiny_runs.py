@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tpa_train.distillation.modules import RecoveryModule
+from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import sentencepiece_model
 
 sys.path.append(str(Path(__file__).parent / "checkpoints"))
@@ -29,12 +30,16 @@ _KEYS = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, state: dict[str, torch.Tensor] | None = None, tokenizer: bool = True) -> Path:
-    """Writes a Hugging Face folder of TINY's sizes; random weights unless given."""
+def write_model(
+    folder: Path, state: dict[str, torch.Tensor] | None = None, tokenizer: bool = True, config: Gemma3Config = TINY
+) -> Path:
+    """Writes a Hugging Face folder of TINY's sizes, or others; random weights unless given."""
     folder.mkdir(parents=True)
-    config = {theirs: getattr(TINY, ours) for theirs, ours in _KEYS.items()}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3_text", **config}))
-    state = state or random_state(TINY)
+    sizes = {theirs: getattr(config, ours) for theirs, ours in _KEYS.items()}
+    kinds = {"local": "sliding_attention", "global": "full_attention"}
+    described = {"model_type": "gemma3_text", **sizes, "layer_types": [kinds[kind] for kind in config.layer_kinds]}
+    (folder / "config.json").write_text(json.dumps(described))
+    state = state or random_state(config)
     save_file({f"model.{name}": tensor for name, tensor in state.items()}, folder / "model.safetensors")
     if tokenizer:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(*vocabulary(), SPECIAL_IDS))

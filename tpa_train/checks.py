@@ -44,8 +44,6 @@ def check_settings(settings: RunSettings) -> None:
         Divergence.of(recipe.distill)
     except UserError as error:
         raise UserError(f"recipe.distill.{error}") from error
-    if recipe.distill.ema > 0 and trainer.strategy == "fsdp2":
-        raise UserError("recipe.distill.ema does not work with trainer.strategy=fsdp2; set one of them otherwise.")
     check_teacher_cache(settings)
     if settings.export.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(

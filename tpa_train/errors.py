@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 
@@ -11,6 +12,23 @@ class UserError(ValueError):
 
     The message names the option or file at fault and what to do about it.
     """
+
+
+def check_keys(values: Iterable[str], kind: type, what: str) -> None:
+    """Refuses keys that are no field of the dataclass ``kind``.
+
+    Args:
+        values: the keys.
+        kind: a dataclass.
+        what: it describes, for the message.
+
+    Raises:
+        UserError: a key is unknown.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown {what} key '{key}'{nearest(key, known)}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from tpa_train.factorization.allocation import Budget, layers_to_convert, unifor
 from tpa_train.factorization.sensitivity import output_kl
 from tpa_train.factorization.solutions import build_student
 from tpa_train.gemma3.config import Gemma3Config
-from tpa_train.pipeline import Session, choose_specs, measure, sensitivity_text
+from tpa_train.pipeline import Session, choose_student, measure, sensitivity_text
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
@@ -45,8 +45,8 @@ def frontier_peers(session: Session, budgets: list[Budget]) -> Iterator[Peer]:
             single = replace(budget, bits=(bits,), forms=("latent",))
             if not can_be_met(config, single):
                 continue
-            specs, _ = choose_specs(session, measure(session, {}, {}, single), single)
-            yield f"ranks {name} {ratio}", f"ranks, {name}", build_student(session.teacher, measured.bases, specs)
+            student, _ = choose_student(session, measure(session, {}, {}, single), single)
+            yield f"ranks {name} {ratio}", f"ranks, {name}", student
 
 
 def can_be_met(config: Gemma3Config, budget: Budget) -> bool:

@@ -153,7 +153,9 @@ def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
     forms = b.forms
     if forms == "auto":
         forms = ["joint"] if config.num_kv_heads == 1 else list(FORMS)
-    forms = [forms] if isinstance(forms, str) else list(forms)
+    forms = [forms] if isinstance(forms, str) else forms
+    if not isinstance(forms, (list, tuple)) or not all(isinstance(form, str) for form in forms):
+        raise UserError(f"budget.forms={b.forms} must be auto, a form, or a list of them like [latent,joint].")
     return Budget(b.cache_ratio, b.context, tuple(sorted(set(bits), reverse=True)), b.multiple, tuple(forms))
 
 
@@ -282,16 +284,17 @@ def choose_balance(
     return min(tried, key=tried.get)
 
 
-def choose_specs(
+def choose_student(
     session: Session, measured: Measured, budget: Budget | None = None
-) -> tuple[list[LayerSpec], dict[str, float]]:
+) -> tuple[Gemma3ForMultimodalLMwithTPA, dict[str, float]]:
     """Spends the byte budget (the session's, where none is given).
 
     Where several forms compete, the budget is also spent on each alone, and what costs the model's output least on the
     sensitivity text wins: forms are modelled apart, so the model's errors differ between them.
 
     Returns:
-        One specification a layer; the KL that the allocation expects ("expected") and the one measured ("measured").
+        The student, whose ``specs`` say what was chosen; the KL that the allocation expects ("expected") and the one
+        measured ("measured").
     """
     config, budget, bases = session.config, budget or session.budget, measured.bases
     mixes = [budget.forms]
@@ -300,10 +303,14 @@ def choose_specs(
     layers = layers_to_convert(config, budget)
     candidates = [allocate_forms(session, measured, replace(budget, forms=forms), layers) for forms in mixes]
     text = sensitivity_text(session)
-    with session.machine.autocast():
-        kls = [output_kl(session.teacher, build_student(session.teacher, bases, c[0]), text) for c in candidates]
-    best = min(range(len(kls)), key=kls.__getitem__)
-    return candidates[best][0], {"expected": candidates[best][1], "measured": kls[best]}
+    best, least = None, {}
+    for specs, expected in candidates:
+        student = build_student(session.teacher, bases, specs)
+        with session.machine.autocast():
+            kl = output_kl(session.teacher, student, text)
+        if best is None or kl < least["measured"]:
+            best, least = student, {"expected": expected, "measured": kl}
+    return best, least
 
 
 def allocate_forms(
@@ -318,10 +325,18 @@ def allocate_forms(
     return allocate(config, budget, choices)
 
 
-def convert(session: Session, measured: Measured, specs: list[LayerSpec]) -> Gemma3ForMultimodalLMwithTPA:
-    """Returns the student of ``specs``, which shares everything unconverted with the teacher."""
+def convert(
+    session: Session,
+    measured: Measured,
+    specs: list[LayerSpec],
+    student: Gemma3ForMultimodalLMwithTPA | None = None,
+) -> Gemma3ForMultimodalLMwithTPA:
+    """Returns the student of ``specs``, which shares everything unconverted with the teacher.
+
+    ``student``: of these specifications, where this process has built it already.
+    """
     calibration = measured.bases.calibration
-    student = build_student(session.teacher, measured.bases, specs)
+    student = student or build_student(session.teacher, measured.bases, specs)
     send_from_first(student_factors(student).values())
     student.output_metrics = {
         i: output_metric(calibration.layers[i], calibration.tokens) for i in student.converted_layers
@@ -350,8 +365,15 @@ def factorize_model(
     def work() -> tuple:
         measured = measure(session, known or {}, balances or {})
         on_measured(measured)
-        specs, expected = from_first(lambda: choose_specs(session, measured))
-        return convert(session, measured, specs), measured, expected
+        chosen: list[Gemma3ForMultimodalLMwithTPA] = []  # on the first process
+
+        def choose() -> tuple[list[LayerSpec], dict[str, float]]:
+            student, kls = choose_student(session, measured)
+            chosen.append(student)
+            return student.specs, kls
+
+        specs, expected = from_first(choose)
+        return convert(session, measured, specs, *chosen), measured, expected
 
     (student, measured, expected), seconds, peak = timed(session.machine, work)
     return student, StageCost(measured.cost.tokens, seconds, max(measured.cost.peak_gib, peak)), measured, expected

@@ -26,6 +26,7 @@ from tpa_train.distributed.launching import find_cluster
 from tpa_train.distributed.processes import from_first, world_size
 from tpa_train.distributed.sharding import ShardedStrategy
 from tpa_train.errors import UserError, nearest
+from tpa_train.machine_memory import host_memory
 from tpa_train.settings import LoggerSettings, TrainerSettings
 
 # kind -> modules, one of which Lightning's logger needs
@@ -60,19 +61,22 @@ class Machine:
             return partial(torch.autocast, self.device.type, dtype=torch.bfloat16)
         return nullcontext
 
-    def describe(self) -> str:
-        on_gpu = self.device.type == "cuda"
+    def describe(self, count: int | None = None) -> str:
+        """Returns what a person reads; ``count``: of the devices, where their processes have not been started."""
+        on_gpu, count = self.device.type == "cuda", count or world_size()
         name = torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        devices = f"{world_size()} device{'s' * (world_size() > 1)}"
-        if world_size() > 1:
-            devices += f", {self.strategy}"
+        devices = f"{count} devices, {self._shared_strategy}" if count > 1 else "1 device"
+        if count == 1 and self.settings.strategy != "auto":
+            devices += f" (trainer.strategy={self.settings.strategy} is for several)"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, {devices}"
 
     @property
     def strategy(self) -> str:
         """How several processes train together, "ddp" or "fsdp2"; "single" for one."""
-        if world_size() == 1:
-            return "single"
+        return "single" if world_size() == 1 else self._shared_strategy
+
+    @property
+    def _shared_strategy(self) -> str:
         return "ddp" if self.settings.strategy == "auto" else self.settings.strategy
 
     def reset_peak(self) -> None:
@@ -87,15 +91,6 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def host_memory(file: str, field: str) -> int | None:
-    """Returns a field of ``/proc/meminfo`` or ``/proc/self/status`` in bytes; None where there is none (not Linux)."""
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def trim_heap() -> None:

@@ -123,7 +123,7 @@ def test_a_stream_that_moves_to_another_process_keeps_its_masks(tmp_path):
 
 def test_batches_hold_masks_and_plain_text_none(tmp_path):
     data = PackedDataModule(settings_for(tmp_path), TOKENIZER, 16, 2, progress=False)
-    batches = list(data.distill_dataloader())
+    batches = list(data.stage_dataloader("distill"))
     assert all(b["loss_mask"].shape == b["token_ids"].shape == (2, 16) for b in batches)
     assert 0 < torch.stack([b["loss_mask"] for b in batches]).float().mean() < 1
     assert "loss_mask" in data.heldout_rows(32)[0]
@@ -131,7 +131,7 @@ def test_batches_hold_masks_and_plain_text_none(tmp_path):
         (tmp_path / "notes.txt").write_text("hello world " * 100)
         options = vars(settings_for(tmp_path)) | changes
         data = PackedDataModule(DataSettings(**options), TOKENIZER, 16, 2, progress=False)
-        assert set(next(iter(data.distill_dataloader()))) == {"token_ids", "document_ids", "row"}
+        assert set(next(iter(data.stage_dataloader("distill")))) == {"token_ids", "document_ids", "row"}
         assert PackedStream(data.folder).manifest.version == 1  # as before conversations came
 
 

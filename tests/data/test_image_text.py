@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multimodal_models import VISION, picture
 
-from tpa_train.data.image_text import Document, ImageTextDataModule, ImageTextDataset, cut, pack_rows
+from tpa_train.data.image_text import Document, ImageTextDataModule, ImageTextDataset, cut, fetch, pack_rows
 from tpa_train.data.rows import collate_rows, shortened
 from tpa_train.data.settings import DataSettings
 from tpa_train.errors import UserError
@@ -119,6 +119,8 @@ def test_stages_have_rows_of_their_own_and_some_text_is_held_out(tmp_path):
     again = module(tmp_path / "pairs.jsonl")
     assert again.state_dict() == data.state_dict()
     assert module(tmp_path / "pairs.jsonl", max_tokens=200).state_dict()["data"] != data.state_dict()["data"]
+    picture(77, 40, 50).save(tmp_path / "0.png")  # of the same size, but another picture
+    assert module(tmp_path / "pairs.jsonl").state_dict()["data"] != data.state_dict()["data"]
 
 
 def test_pan_and_scan_shows_long_images_in_crops(tmp_path):
@@ -155,6 +157,21 @@ def test_a_named_data_set_is_fetched_once(tmp_path, monkeypatch):
     data.settings = DataSettings(**{**vars(data.settings), **options, "image_key": "pictur", "subset": "x"})
     with pytest.raises(UserError, match=r"no 'pictur' field \(data.image_key\); did you mean 'picture'"):
         data.setup()
+
+
+def test_two_processes_that_fetch_at_once_end_with_one_folder(tmp_path, monkeypatch):
+    settings = DataSettings(kind="image_text", name="org/set", cache_dir=str(tmp_path))
+    faster = []
+
+    def load_dataset(*_, **__):
+        if not faster:
+            faster.append(None)
+            faster.append(fetch(settings))  # the other one, while this one reads
+        yield {"image": picture(0), "text": "a text"}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert fetch(settings) == faster[1] and [path.name for path in tmp_path.iterdir()] == [faster[1].name]
+    assert (faster[1] / "examples.jsonl").is_file() and len(list(faster[1].iterdir())) == 2
 
 
 def test_too_little(tmp_path):

@@ -97,6 +97,20 @@ def test_bfloat16_gradients_are_as_exact_as_the_dense_float32_ones(kind, step):
     assert relative_error(_run(tensors, divergence)[1].to(BF16), exact) <= 1.5 * relative_error(theirs, exact)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_float32_hidden_states_keep_their_digits(shared, monkeypatch):
+    """Large logits, where float16 hidden states alone cost a few parts in a thousand."""
+    divergence, (student, teacher, student_head, teacher_head, labels) = Divergence(), _random((F32, BF16), shared, 0.1)
+    tensors = student, teacher, 4 * student_head, 4 * teacher_head, labels
+    if shared:
+        tensors = student, teacher, tensors[3], tensors[3], labels
+    exact, errors = _exact(tensors, divergence)[1], []
+    for lost in (divergence_kernel.lost_half, lambda tensor, half, unit: torch.zeros_like(half)):
+        monkeypatch.setattr(divergence_kernel, "lost_half", lost)
+        errors.append(relative_error(_run(tensors, divergence)[1], exact))
+    assert errors[0] < 4e-4 and errors[0] < 0.5 * errors[1], errors
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, BF16), (F32, F32)])
 def test_equal_models_are_exactly_zero(kind, dtypes):

@@ -42,6 +42,31 @@ def test_outputs_at_image_tokens_are_not_trained_on():
     assert all(bool(p.grad.isfinite().all()) for n, p in student.named_parameters() if p.requires_grad)
 
 
+def test_tokens_of_rows_with_and_without_images_count_alike():
+    """Two accumulated batches give the gradients of one batch of both rows, of which one has no image."""
+    config = small_config(num_kv_heads=2, vision=VISION)
+    teacher = random_multimodal(config)
+    specs = specs_of(config, {5: (3, 4)})
+    student = Gemma3ForMultimodalLMwithTPA.from_dense(teacher, specs, factors_for(teacher, specs))
+    module = EndToEndModule(teacher, student, OptimizerSettings(), "factors", 4, hidden_weight=0.0, kl_every=2)
+    image, none = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8), torch.empty(0, 3, 56, 56, dtype=torch.uint8)
+    rows = torch.tensor([[2, 5, 91, 90, 90, 90, 90, 92, 6, 7, 8, 9], [2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]])
+
+    def gradients(*batches: dict) -> list[torch.Tensor]:
+        student.zero_grad()
+        for batch in batches:
+            (module._weighted(module.losses(batch)[0]) / len(batches)).backward()
+        learning = [p for p in student.parameters() if p.requires_grad]
+        module._normalise_by_tokens(learning)
+        return [p.grad.clone() for p in learning]
+
+    apart = gradients({"token_ids": rows[:1], "images": image}, {"token_ids": rows[1:], "images": none})
+    together = gradients({"token_ids": rows, "images": image})
+    assert len(apart) == len(together) > 2
+    for ours, theirs in zip(apart, together, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+
+
 def test_the_vision_side_never_learns():
     teacher = random_multimodal(small_config(vision=VISION))
     student = Gemma3ForMultimodalLMwithTPA.from_dense(

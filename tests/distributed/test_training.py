@@ -73,7 +73,7 @@ def test_checkpoints_are_the_same_for_every_strategy(together, alone, strategy):
 def test_a_masked_step_is_the_mean_over_its_counted_tokens(tmp_path, alone, monkeypatch):
     """Σ n·g / Σ n, with g the gradient of each batch's own mean."""
     gradients, counts = [], []
-    monkeypatch.setattr(Watched, "_weighted", lambda self, loss, batch: loss)
+    monkeypatch.setattr(Watched, "_weighted", lambda self, loss: loss)
     for i in range(2):
         with monkeypatch.context() as patch:
             patch.setattr("training_process.rows", lambda config, masked, i=i: [rows(config, masked)[i]] * 6)

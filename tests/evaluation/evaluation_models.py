@@ -27,8 +27,11 @@ class ByteTokenizer:
     def encode_batch(self, texts, bos: bool = True) -> list[list[int]]:
         return [self.encode(t, bos) for t in texts]
 
-    def decode(self, ids) -> str:
-        return bytes(i - 4 for i in ids if 4 <= i < 260).decode(errors="replace")
+    def piece_text(self, index: int) -> str:
+        return ""
+
+    def byte_value(self, index: int) -> int | None:
+        return index - 4 if 4 <= index < 260 else None
 
 
 def dense_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:

@@ -9,10 +9,10 @@ from evaluation_models import ByteTokenizer, dense_model
 from tpa_train.errors import UserError
 from tpa_train.evaluation.multiple_choice import (
     Question,
-    answer_scores,
     encode_answer,
     read_questions,
     score_questions,
+    scores_and_greedy,
 )
 
 
@@ -44,7 +44,7 @@ def test_scores_equal_the_naive_ones(model):
         encode_answer(model.tokenizer, c, a) for q in questions for c, a in zip(q.contexts, q.answers, strict=True)
     ]
     for batch_tokens in (1, 64, 8192):
-        scores = answer_scores(model, encoded, torch.float64, batch_tokens=batch_tokens)
+        scores, _ = scores_and_greedy(model, encoded, torch.float64, batch_tokens=batch_tokens)
         assert scores == pytest.approx(expected, rel=1e-8)
     result = score_questions(model, questions, progress=False)
     chosen, first = [], 0
@@ -62,14 +62,14 @@ def test_length_normalisation_counts_characters(model):
     question = Question(("q",) * 2, ("a", "a much longer answer than the other"), 1)
     result = score_questions(model, [question], progress=False)
     assert (result.accuracy, result.acc_norm) in {(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0)}
-    scores = answer_scores(model, [encode_answer(model.tokenizer, "q", a) for a in question.answers])
+    scores, _ = scores_and_greedy(model, [encode_answer(model.tokenizer, "q", a) for a in question.answers])
     normalised = [s / len(a) for s, a in zip(scores, question.answers, strict=True)]
     assert result.acc_norm == float(normalised[1] > normalised[0])
 
 
 def test_texts_beyond_the_context_lose_their_beginning(model):
     tokens, begin = encode_answer(model.tokenizer, "x" * 600, "yes")
-    score = answer_scores(model, [(tokens, begin)], torch.float64)[0]
+    (score,), _ = scores_and_greedy(model, [(tokens, begin)], torch.float64)
     kept = [tokens[0], *tokens[-511:]]
     log = model(torch.tensor([kept])).log_softmax(-1)[0]
     assert score == pytest.approx(sum(log[i - 1, kept[i]].item() for i in range(508, 512)), rel=1e-8)
@@ -105,8 +105,8 @@ def test_both_shapes_are_read(tmp_path):
 @pytest.mark.parametrize(
     "line,message",
     [
-        ('{"context": "c", "choices": ["a", "b"]', "line 2: not JSON"),
-        ("[1]", "line 2: must be an object"),
+        ('{"context": "c", "choices": ["a", "b"]', "line 2 is not JSON"),
+        ("[1]", "line 2 is a list, not an object"),
         ('{"context": "c", "choices": ["a"], "label": 0}', "line 2: 'choices' must be a list of at least two"),
         ('{"context": "c", "choices": ["a", 3], "label": 0}', "line 2: 'choices'"),
         ('{"context": "c", "choices": ["a", ""], "label": 0}', "line 2: a choice is empty"),

@@ -14,6 +14,7 @@ from random_models import factors_for, small_config, specs_of
 from tpa_train.errors import UserError
 from tpa_train.gemma3.attention import Documents, attend
 from tpa_train.gemma3.images import NO_IMAGE, ImageBlocks, image_blocks
+from tpa_train.serving import engine, prompts
 from tpa_train.tpa import generation
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
@@ -101,36 +102,42 @@ def students() -> dict[str, Gemma3ForMultimodalLMwithTPA]:
 @pytest.mark.parametrize("name", ["dense", "latent", "quantized"])
 def test_decoding_equals_the_full_forward(name, chunk, monkeypatch):
     """Prompts of several lengths with images at different places, padded in one batch, in small prefill steps."""
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     model = students()[name]
     generator = torch.Generator().manual_seed(3)
-    prompts = [
+    texts = [
         prompt_ids(generator, 4, None, 7, None, 2), prompt_ids(generator, 30), prompt_ids(generator, None, None, None)
     ]  # fmt: skip
     pixels = [torch.randint(0, 256, (n, 3, 56, 56), generator=generator, dtype=torch.uint8) for n in (2, 0, 3)]
     steps = 12
-    written = torch.stack(list(generation.stream_ids(model, prompts, steps, images=pixels)), dim=1)
-    for prompt, own, tokens in zip(prompts, pixels, written.tolist(), strict=True):
+    written = torch.stack(list(generation.stream_ids(model, texts, steps, images=pixels)), dim=1)
+    for prompt, own, tokens in zip(texts, pixels, written.tolist(), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens]), images=own if len(own) else None)[0, len(prompt) - 1 : -1]
         logits[:, IMAGE] = -torch.inf  # a model never writes an image
         assert logits.argmax(-1).tolist() == tokens
 
 
-def test_prefill_steps_end_between_images(monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 6)
+def test_prefill_steps_end_between_images():
     model = random_multimodal(CONFIG)
-    generator = torch.Generator().manual_seed(3)
-    a, b = prompt_ids(generator, 4, None, 3, None), prompt_ids(generator, 6, None, 3)
-    ids = torch.tensor([a, [0] * (len(a) - len(b)) + b])
-    soft = [torch.zeros(n, 3, 56, 56, dtype=torch.uint8) for n in (2, 1)]
-    chunks = list(generation.prefill_chunks(model, ids, soft))
-    assert torch.equal(torch.cat([c["token_ids"] for c in chunks], 1), ids)
-    assert sum(len(c["images"]) for c in chunks if c["images"] is not None) == 3
-    for left, right in zip(chunks, chunks[1:], strict=False):
-        assert not ((left["token_ids"][:, -1] == IMAGE) & (right["token_ids"][:, 0] == IMAGE)).any()
-    with pytest.raises(UserError, match="places for 3 images, but 2 were given"):
-        list(generation.prefill_chunks(model, ids, soft[:1]))
+    ids = prompt_ids(torch.Generator().manual_seed(3), 4, None, 3, None, 9)
+    pixels = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    for chunk in (1, 3, 6, 20):
+        chunks = list(prompts.prefill_chunks(model, ids, pixels, chunk))
+        assert torch.cat([c["token_ids"] for c in chunks], 1).tolist() == [ids]
+        assert sum(len(c["images"]) for c in chunks if c["images"] is not None) == 2
+        for left, right in zip(chunks, chunks[1:], strict=False):
+            assert not (int(left["token_ids"][0, -1]) == IMAGE == int(right["token_ids"][0, 0]))
+        assert all(c["token_ids"].shape[1] <= max(chunk, VISION.tokens_per_image) for c in chunks)
+
+
+def test_images_that_do_not_fit_their_places_are_refused():
+    model = random_multimodal(CONFIG)
+    ids = prompt_ids(torch.Generator().manual_seed(3), 4, None, 3, None)
+    with pytest.raises(UserError, match="places for 2 images, but 1 were given"):
+        next(generation.stream_ids(model, [ids], 2, images=[torch.zeros(1, 3, 56, 56, dtype=torch.uint8)]))
+    with pytest.raises(UserError, match="has 1 image tokens, but 1 images take 4"):
+        next(generation.stream_ids(model, [[2, IMAGE]], 2, images=[torch.zeros(1, 3, 56, 56, dtype=torch.uint8)]))
 
 
 def test_an_image_token_beyond_the_vocabulary():

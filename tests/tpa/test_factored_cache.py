@@ -95,19 +95,6 @@ def test_joint_latents_and_mixed_widths_decode_as_the_full_forward(groups, round
 
 @torch.inference_mode()
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("rounded", ["", "mixed"])
-def test_padded_rows_of_joint_latents_equal_each_alone(groups, rounded):
-    student = _with_joint(groups, rounded)
-    ids, padding = tokens(student.config, 3, 110, seed=5), torch.tensor([0, 10, 80])
-    cache = student.allocate_cache(3, 110, dtype=torch.float64, padding=padding)
-    out = torch.cat([student(part, cache=cache) for part in ids.split([90] + [1] * 20, dim=1)], dim=1)
-    for row, missing in enumerate(padding.tolist()):
-        alone = student(ids[row : row + 1, missing:])[0]
-        torch.testing.assert_close(out[row, missing:], alone, rtol=0, atol=1e-9)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("groups", [1, 4])
 def test_quantized_decode_in_float32_differs_by_rare_rounding_edges_only(groups):
     student = _mixed(groups, 8)
     ids = tokens(student.config, 1, LENGTH, seed=8)
@@ -129,19 +116,6 @@ def test_greedy_text_equals_that_of_the_full_forward():
         ids = torch.cat((ids, token), dim=1)
         logits = student(token, cache=cache)
     assert torch.equal(student(ids)[:, 19:-1].argmax(-1), ids[:, 20:])
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_padded_rows_equal_each_alone(groups, bits):
-    student = _mixed(groups, bits, torch.float64)
-    ids, padding = tokens(student.config, 3, 150, seed=5), torch.tensor([0, 10, 80])
-    cache = student.allocate_cache(3, 150, dtype=torch.float64, padding=padding)
-    out = torch.cat([student(part, cache=cache) for part in ids.split([90, 30] + [1] * 30, dim=1)], dim=1)
-    for row, missing in enumerate(padding.tolist()):
-        alone = student(ids[row : row + 1, missing:])[0]
-        torch.testing.assert_close(out[row, missing:], alone, rtol=0, atol=1e-9)
 
 
 @torch.inference_mode()

@@ -1,12 +1,12 @@
-"""Generation: ragged batches, sampling, stopping and refusals, with a stub tokenizer."""
+"""Continuing texts: ragged batches, sampling options, stopping and refusals, with a stub tokenizer."""
 
 import pytest
 import torch
 from random_models import ByteTokenizer, random_model, small_config, student_of, tokens
 
 from tpa_train.errors import UserError
-from tpa_train.tpa import generation
-from tpa_train.tpa.generation import generate, sample, stop_ids, stream_ids
+from tpa_train.serving import engine
+from tpa_train.tpa.generation import generate, stop_ids, stream_ids
 
 PROMPTS = ["a", "this one is longer than the window", "mid one", "hello"]
 
@@ -28,7 +28,7 @@ def test_a_ragged_batch_equals_each_prompt_alone(model):
 @pytest.mark.parametrize("chunk", [1, 5, 8, 13])
 def test_the_prefills_chunks_do_not_matter(model, monkeypatch, chunk):
     expected = model.generate(PROMPTS, max_tokens=10)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
     assert model.generate(PROMPTS, max_tokens=10) == expected
 
 
@@ -46,6 +46,8 @@ def test_seeds_repeat_and_differ(model):
 
     assert run(0) == run(0) and run(1) == run(1) and run(0) != run(1)
     assert run(0, top_p=0.9) == run(0, top_p=0.9)
+    # The i-th prompt is sampled with seed + i, whoever is beside it.
+    assert model.generate(PROMPTS[1], max_tokens=10, temperature=1.0, seed=1)[0] == run(0)[1]
 
 
 def test_top_k_of_one_is_greedy(model):
@@ -55,27 +57,17 @@ def test_top_k_of_one_is_greedy(model):
     assert model.generate(PROMPTS, max_tokens=20, temperature=5.0, seed=0) != greedy
 
 
-def test_top_k_and_top_p_restrict_to_the_likeliest():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
-    generator = torch.Generator().manual_seed(0)
-
-    def seen(**options):
-        return sample(logits, 1.0, generator=generator, **options).bincount(minlength=4) / 4000
-
-    assert seen().tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert seen(top_k=2).tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert seen(top_k=99)[3] > 0
-    # The smallest set with that much probability: two reach .8, three are needed for .81.
-    assert seen(top_p=0.79)[2:].tolist() == [0, 0]
-    assert seen(top_p=0.81).tolist() == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.03)
-    assert sample(logits[:1], 0.0).tolist() == [0]
-
-
-def test_temperature_sharpens():
-    logits = torch.tensor([[2.0, 1.0]]).expand(4000, -1)
-    generator = torch.Generator().manual_seed(0)
-    share = [float((sample(logits, t, generator=generator) == 0).float().mean()) for t in (0.5, 1.0, 2.0)]
-    assert share == pytest.approx([torch.tensor(1 / t).sigmoid().item() for t in (0.5, 1.0, 2.0)], abs=0.03)
+def test_stop_strings_and_penalties(model):
+    texts = model.generate(PROMPTS, max_tokens=20)
+    stop = texts[1][-9:]
+    ended = model.generate(PROMPTS, max_tokens=20, stop=[stop, "never"])
+    assert ended == [t[: t.find(stop)] if stop in t else t for t in texts] and ended[1] != texts[1]
+    # A penalty that no logit survives lets no token come twice, nor one of the prompt's.
+    ids = model.tokenizer.encode(PROMPTS[0])
+    once = model.generate(PROMPTS[0], max_tokens=20, repetition_penalty=1e9)[0].split()
+    assert len(set(once)) == 20 and not {int(t) for t in once} & set(ids)
+    sampled = model.generate(PROMPTS, max_tokens=20, temperature=5.0, min_p=1.0, seed=0)
+    assert sampled == texts  # nothing but the likeliest is as likely as the likeliest
 
 
 def test_stop_ids_end_each_text_on_its_own(model, monkeypatch):

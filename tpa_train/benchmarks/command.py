@@ -22,6 +22,7 @@ PROGRAM = "python scripts/benchmark.py"
 BENCHMARKS = {
     "multimodal": "tpa_train.benchmarks.multimodal:MultimodalSettings",
     "decode": "tpa_train.benchmarks.decode:DecodeSettings",
+    "decode_model": "tpa_train.benchmarks.decode_model:DecodeModelSettings",
     "decode_cpu": "tpa_train.benchmarks.decode_steps:DecodeStepSettings",
     "forms": "tpa_train.benchmarks.forms:FormsSettings",
     "loss": "tpa_train.benchmarks.loss:LossSettings",

@@ -56,10 +56,10 @@ from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.launch import say
+from tpa_train.machine_memory import free_bytes
 from tpa_train.tpa.decode import CachedTokens
 from tpa_train.tpa.entries import check_widths
 from tpa_train.tpa.spec import LayerSpec
-from tpa_train.trainers import host_memory
 
 CELL = ("kind", "shape", "form", "bits", "context", "batch")
 FREE = ("shapes", "contexts", "batches", "forms", "bits", "skip", "minutes")
@@ -189,15 +189,6 @@ def groups(settings: DecodeSettings) -> list[Group]:
     prefill = [Group("prefill", shape, settings.prefill_context, 1) for shape in shapes if settings.chunk]
     large = [g for g in decode if g.dense_bytes >= JUDGED]
     return large + prefill + [g for g in decode if g.dense_bytes < JUDGED]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns the bytes that buffers on ``device`` may take."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    available = host_memory("/proc/meminfo", "MemAvailable")
-    return 2**63 - 1 if available is None else available
 
 
 class _Bench:

@@ -26,10 +26,10 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.cache import KVCache
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.memory_trace import LiveBytes
+from tpa_train.serving.engine import PREFILL_CHUNK
 from tpa_train.tpa.command import DTYPES, open_model
 from tpa_train.tpa.entries import check_widths
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-from tpa_train.tpa.generation import prefill_chunks
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 WARMUP = 1  # tokens that are decoded before the timed ones
@@ -125,8 +125,8 @@ def filled_cache(model: Gemma3ForCausalLM, settings: DecodeStepSettings) -> KVCa
     if settings.fill == "prefill":
         generator = torch.Generator().manual_seed(settings.seed)
         ids = torch.randint(model.config.vocab_size, (settings.batch, settings.context), generator=generator)
-        for chunk in prefill_chunks(model, ids.to(weight.device), []):
-            model.hidden_states(**chunk, cache=cache)
+        for chunk in ids.to(weight.device).split(PREFILL_CHUNK, dim=1):
+            model.hidden_states(chunk, cache=cache)
         return cache
     for layer, buffers in zip(model.layers, cache.buffers, strict=True):
         random_entries(layer.self_attn, buffers, settings.seed)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpa_train.benchmarks.sizes import check_positive
 from tpa_train.cli import choose_device
 from tpa_train.distillation.divergence import KINDS, Divergence
 from tpa_train.distillation.losses import linear_divergence
@@ -62,9 +63,7 @@ def run(settings: LossSettings) -> list[dict[str, Any]]:
     Raises:
         UserError: an option is out of range.
     """
-    for option in ("vocab", "hidden_size", "repeats", "checked"):
-        if getattr(settings, option) < 1:
-            raise UserError(f"{option}={getattr(settings, option)} must be at least 1.")
+    check_positive(settings, "vocab", "hidden_size", "repeats", "checked")
     if not settings.tokens or min(settings.tokens) < 1:
         raise UserError(f"tokens={settings.tokens} must be a list of positive numbers, such as [4096,16384].")
     for name in settings.dtypes:

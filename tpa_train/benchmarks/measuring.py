@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from tpa_train.benchmarks.sizes import check_positive
 from tpa_train.data.packed import SPLITS, PackedDataset, PackedStream, texts_twice, tokens_without_bos
 from tpa_train.data.packing import TokenizerLike, pack
 from tpa_train.data.settings import DataSettings
@@ -54,9 +55,7 @@ class MeasuredSettings:
 def check_sizes(settings: MeasuredSettings, *more: str) -> None:
     """Raises UserError if a size that the settings name is not positive."""
     names = ("valid_tokens", "valid_context", "wikitext2_tokens", "wikitext2_context", "copy_count", *more)
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name}={getattr(settings, name)} must be at least 1.")
+    check_positive(settings, *names)
     for name in ("train", "valid", "wikitext2"):
         path = getattr(settings, name)
         if path is not None and name != "train" and not Path(path).expanduser().exists():

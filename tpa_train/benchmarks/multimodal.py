@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tpa_train.benchmarks.sizes import GIB, check_positive, first_layers, host_peak_gib, reset_host_peak
 from tpa_train.checkpoints.export import export_model, load_export
 from tpa_train.checkpoints.huggingface import huggingface_config
 from tpa_train.checkpoints.shards import SHARD_BYTES, write_weights
@@ -37,10 +38,7 @@ from tpa_train.gemma3.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFI
 from tpa_train.gemma3.vision_config import VisionConfig
 from tpa_train.pipeline import Session, check_against_model, factorize_model
 from tpa_train.recipes import compose
-from tpa_train.settings import TrainerSettings
-from tpa_train.trainers import Machine
 
-GIB = 2**30
 BAR = 1.3  # times the weights, that the device may hold at most
 MULTIMODAL = ("4b", "12b", "27b")
 # One form and two widths: the benchmark is of memory, and allocating among all forms takes solving them all.
@@ -157,23 +155,6 @@ class Meter:
         return result
 
 
-def reset_host_peak() -> None:
-    """Starts the peak of the resident size anew, where the system allows it (Linux); else it is the process's."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
-def host_peak_gib() -> float:
-    """Returns the largest resident size since ``reset_host_peak``, in GiB."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-    except (OSError, StopIteration):
-        return Machine(torch.device("cpu"), torch.float32, TrainerSettings()).peak_gib()
-
-
 def write_checkpoint(folder: Path, config: Gemma3Config, settings: MultimodalSettings, device: torch.device) -> int:
     """Writes a Hugging Face folder as the released ones are laid out; returns the bytes of its weights."""
     folder.mkdir()
@@ -254,12 +235,7 @@ def _gib(value: float | None) -> str:
 
 def _cut(config: Gemma3Config, settings: MultimodalSettings) -> Gemma3Config:
     """Checks the options and returns ``config`` with as many layers as asked for."""
-    for name in ("context", "tokens", "sensitivity_tokens", "shard_bytes"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name}={getattr(settings, name)} must be at least 1.")
+    check_positive(settings, "context", "tokens", "sensitivity_tokens", "shard_bytes")
     if settings.images < 8:
         raise UserError(f"images={settings.images} must be at least 8: some are held out.")
-    count = config.num_layers if settings.layers is None else settings.layers
-    if not 1 <= count <= config.num_layers:
-        raise UserError(f"layers={count} must be between 1 and the {config.num_layers} of this size, or null for all.")
-    return dataclasses.replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
+    return first_layers(config, settings.layers)

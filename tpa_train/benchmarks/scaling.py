@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
+from tpa_train.benchmarks.sizes import check_positive
 from tpa_train.cli import choose_device
 from tpa_train.compilation import stage_forwards
 from tpa_train.distillation.end_to_end import EndToEndModule
@@ -82,9 +83,7 @@ def run(settings: ScalingSettings) -> list[dict[str, Any]]:
     for strategy in settings.strategies:
         if strategy not in STRATEGIES:
             raise UserError(f"strategies={strategy} is unknown{nearest(strategy, STRATEGIES)}")
-    for option in ("devices", "batch_size", "steps", "warmup"):
-        if getattr(settings, option) < 1:
-            raise UserError(f"{option}={getattr(settings, option)} must be at least 1.")
+    check_positive(settings, "devices", "batch_size", "steps", "warmup")
     if not 1 < settings.context <= MODELS[settings.model].max_context:
         raise UserError(f"context={settings.context} must be 2 to {MODELS[settings.model].max_context} tokens.")
     device = choose_device(settings.device)

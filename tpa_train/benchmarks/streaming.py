@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpa_train.benchmarks.sizes import GIB, check_positive, first_layers
 from tpa_train.cli import choose_device
 from tpa_train.errors import UserError
 from tpa_train.evaluation.report import table
@@ -27,7 +28,6 @@ from tpa_train.gemma3.model import DecoderLayer
 from tpa_train.settings import TrainerSettings
 from tpa_train.trainers import Machine
 
-GIB = 2**30
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -179,9 +179,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 def _cut(config: Gemma3Config, settings: StreamingSettings) -> Gemma3Config:
     """Checks the options and returns ``config`` with as many layers as asked for."""
-    for name in ("tokens", "context", "batch_size", "score_every"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"{name}={getattr(settings, name)} must be at least 1.")
+    check_positive(settings, "tokens", "context", "batch_size", "score_every")
     if settings.seed < 0:
         raise UserError(f"seed={settings.seed} must not be negative.")
     if settings.tokens % settings.context:
@@ -192,7 +190,4 @@ def _cut(config: Gemma3Config, settings: StreamingSettings) -> Gemma3Config:
         raise UserError(f"context={settings.context} is more than the {config.max_context} of this size.")
     if settings.rank is not None and not 1 <= settings.rank <= config.head_dim:
         raise UserError(f"rank={settings.rank} must be between 1 and this size's head_dim, {config.head_dim}.")
-    count = config.num_layers if settings.layers is None else settings.layers
-    if not 1 <= count <= config.num_layers:
-        raise UserError(f"layers={count} must be between 1 and the {config.num_layers} of this size, or null for all.")
-    return dataclasses.replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
+    return first_layers(config, settings.layers)

@@ -11,7 +11,6 @@ compare with. Whatever an adapter asks for and is not merged exactly is refused 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tpa_train.checkpoints.files import read_json
 from tpa_train.checkpoints.huggingface import read_chat_template, text_name
 from tpa_train.checkpoints.weights import Checkpoint, Weight, vocabulary_rows
 from tpa_train.errors import UserError
@@ -93,19 +93,28 @@ def merge_adapter(checkpoint: Checkpoint, folder: str | Path) -> Checkpoint:
     return dataclasses.replace(checkpoint, source=source, weights=weights, tokenizer=tokenizer)
 
 
+def adapter_bytes(folder: str | Path) -> int:
+    """Returns the size of an adapter's tensors, none of which is read.
+
+    Raises:
+        UserError: a file is missing, or the adapter is of another kind.
+    """
+    folder = Path(folder).expanduser()
+    _read_config(folder)
+    return _tensor_file(folder).stat().st_size
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns adapter_config.json, every option of which has been checked."""
     if not folder.is_dir():
         raise UserError(f"model.adapter: there is no folder {folder}; name the one that peft's save_pretrained wrote.")
     path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"model.adapter: {folder} is no adapter: there is no readable {CONFIG} in it.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model.adapter: {folder} is no adapter: there is no readable {CONFIG} in it.") from error
-    except ValueError as error:
-        raise UserError(f"model.adapter: {path} is not valid JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise UserError(f"model.adapter: {path} does not hold a JSON object.")
+        config = read_json(path)
+    except UserError as error:
+        raise UserError(f"model.adapter: {error}") from error
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"model.adapter: {path} describes a '{kind}' adapter; only LORA is supported.")
@@ -123,12 +132,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _tensor_file(folder: Path) -> Path:
     path = folder / TENSORS
     if not path.is_file():
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         hint = f"; {pickled[0]} is a pickle, which is not read: save the adapter as safetensors" if pickled else ""
         raise UserError(f"model.adapter: {path} is missing{hint}.")
+    return path
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = _tensor_file(folder)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -92,8 +92,9 @@ def export_run(
     folder = RunFolder(Path(run), resume=True)
     check_finished(folder, settings, stage)
     check_free(Path(out))
-    # A run's GPUs are not needed to copy weights.
+    # A run's GPUs and its logger's package are not needed to copy weights.
     settings.trainer.accelerator, settings.trainer.devices, settings.trainer.num_nodes = "cpu", 1, 1
+    settings.logger.kind = "csv"
     session = Session(settings, folder.path / "logs")
     student, name = rebuild_student(folder, settings, session.teacher, stage)
     if format == "dense":

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tpa_train.checkpoints.files import read_json, write_json
 from tpa_train.checkpoints.shards import SHARD_BYTES, StoredWeights, nbytes, write_weights
-from tpa_train.errors import UserError
+from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.metrics import compare_tokens
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import Tokenizer
@@ -64,16 +64,14 @@ def export_model(
         UserError: the folder is in use, a weight is not finite, or the written folder's logits differ from the
             student's (nothing is left behind then).
     """
-    out = Path(out)
-    if dtype not in DTYPES:
-        raise UserError(f"export.dtype={dtype} is unknown; valid: {', '.join(DTYPES)}.")
+    out, wanted = Path(out), stored_type(dtype)
     check_free(out)
     parameters = dict(student.named_parameters())
     check_finite(parameters)
 
     def stored_as(name: str) -> torch.dtype:
         own = parameters[name].dtype
-        return own if name.startswith(VISION) else DTYPES[dtype] or own
+        return own if name.startswith(VISION) else wanted or own
 
     def read(name: str) -> Tensor:
         return parameters[name].detach().to(device="cpu", dtype=stored_as(name)).contiguous()
@@ -91,16 +89,32 @@ def export_model(
         },
     }  # fmt: skip
     with new_folder(out) as partial:
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(partial / "config.json", config)
         write_weights(partial, sizes, read, shard_bytes)
         if student.tokenizer is not None:
             (partial / "tokenizer.model").write_bytes(student.tokenizer.model_proto)
             if template := getattr(student.tokenizer, "chat_template", None):
                 (partial / TEMPLATE).write_text(template, encoding="utf-8")
-        if card:
-            (partial / "README.md").write_text(card)
+        write_card(partial, card)
         verify_export(student, partial, exact=dtype != "bfloat16", text=check_ids)
     return out
+
+
+def stored_type(dtype: str) -> torch.dtype | None:
+    """Returns what the option ``dtype`` stores weights in; None for "auto".
+
+    Raises:
+        UserError: it is none of ``DTYPES``.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype} is unknown{nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Writes the model card, if there is one."""
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_finite(parameters: Mapping[str, Tensor]) -> None:
@@ -232,10 +246,9 @@ def _final_hidden(
 def is_export(folder: Path) -> bool:
     """Returns whether ``folder`` is one of ours, whole or not, of whatever version."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "config.json").get("format") == FORMAT
+    except UserError:
         return False
-    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def read_config(folder: Path) -> tuple[Gemma3Config, list[LayerSpec]]:
@@ -248,8 +261,11 @@ def read_config(folder: Path) -> tuple[Gemma3Config, list[LayerSpec]]:
     if not path.is_file():
         raise UserError(f"{folder} is not an exported model: there is no config.json in it.")
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
+        config = read_json(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); export again.") from error
+    try:
+        if config.get("format") != FORMAT:
             raise UserError(f"{path} does not describe an exported TPA model; use load_pretrained for an original one.")
         version = config.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:

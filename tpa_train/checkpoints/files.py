@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content``, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

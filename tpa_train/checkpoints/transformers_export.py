@@ -13,8 +13,6 @@ Text only: of a multimodal model, the text side.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,19 @@ from torch import Tensor
 
 from tpa_train.checkpoints import remote_code
 from tpa_train.checkpoints.export import (
-    DTYPES,
     VISION,
     check_batch,
     check_finite,
     check_free,
     compare_logits,
     new_folder,
+    stored_type,
+    write_card,
 )
+from tpa_train.checkpoints.files import write_json
 from tpa_train.checkpoints.huggingface import huggingface_config
 from tpa_train.checkpoints.shards import SHARD_BYTES, StoredWeights, nbytes, write_weights
 from tpa_train.checkpoints.tokenizer_files import write_tokenizer
-from tpa_train.errors import UserError, nearest
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of
@@ -86,8 +85,7 @@ def export_transformers(
             (partial / name).write_text(text, encoding="utf-8")
         sizes = {names[name]: nbytes(parameter, stored) for name, parameter in parameters.items()}
         write_weights(partial, sizes, lambda name: as_stored(parameters[ours[name]], stored), shard_bytes)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_card(partial, card)
         weights = StoredWeights.of(partial)
         compare_logits(
             student, dataclasses.replace(student.config, vision=None), student.specs,
@@ -102,18 +100,12 @@ def storage_dtype(student: Gemma3ForMultimodalLMwithTPA, dtype: str) -> torch.dt
     Raises:
         UserError: ``dtype`` is none of "auto", "float32" and "bfloat16".
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is unknown{nearest(dtype, DTYPES)}")
     held = {parameter.dtype for parameter in student.parameters()}
-    return DTYPES[dtype] or (torch.bfloat16 if held == {torch.bfloat16} else torch.float32)
+    return stored_type(dtype) or (torch.bfloat16 if held == {torch.bfloat16} else torch.float32)
 
 
 def as_stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.detach().to(device="cpu", dtype=dtype).contiguous()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_generation(student: Gemma3ForMultimodalLMwithTPA, folder: Path) -> None:

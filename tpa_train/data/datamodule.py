@@ -198,12 +198,6 @@ class PackedDataModule(lightning.LightningDataModule):
         """The calibration rows once, in order; all of them on every process (``CalibrationModule`` deals batches)."""
         return self.stage_dataloader("calibration", shuffle=False)
 
-    def layerwise_dataloader(self) -> StatefulDataLoader:
-        return self.stage_dataloader("layerwise")
-
-    def distill_dataloader(self) -> StatefulDataLoader:
-        return self.stage_dataloader("distill")
-
     def stage_dataloader(self, stage: str, shuffle: bool = True) -> StatefulDataLoader:
         """Returns a resumable loader over the rows of ``stage``.
 

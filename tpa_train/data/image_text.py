@@ -59,6 +59,7 @@ class Document:
     views: tuple[tuple[Path, int], ...]
     text_ids: np.ndarray  # int32, of the text alone, BOS first
     hash: int
+    files: str = ""  # what tells its images' content apart without reading it: their sizes and times of change
 
 
 @dataclass(frozen=True)
@@ -205,11 +206,16 @@ class ImageTextDataModule(PackedDataModule):
             key = "\0".join([example.text, *map(str, example.images)])
             digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
             views = tuple(zip(example.images, (1 + n for n in crops), strict=True))
-            yield Document(ids, views, text_ids, int.from_bytes(digest[:8], "big"))
+            yield Document(ids, views, text_ids, int.from_bytes(digest[:8], "big"), self._files(example.images))
             total += len(ids)
             if budget is not None and total >= budget:
                 log.info("the token budget is reached (data.max_tokens=%s); examples after it are not used", budget)
                 return
+
+    def _files(self, paths: Sequence[Path]) -> str:
+        if self.folder is not None:  # a fetched image is named by its content
+            return ""
+        return json.dumps([[(found := path.stat()).st_size, found.st_mtime_ns] for path in paths])
 
     @property
     def fingerprint(self) -> str:
@@ -217,7 +223,7 @@ class ImageTextDataModule(PackedDataModule):
         digest = hashlib.sha256()
         for name in sorted(self._documents):
             for document in self._documents[name]:
-                digest.update(document.hash.to_bytes(8, "big") + document.ids.tobytes())
+                digest.update(document.hash.to_bytes(8, "big") + document.ids.tobytes() + document.files.encode())
         return digest.hexdigest()
 
     def _rows(self, part: str, context: int, join: bool) -> ImageTextDataset:
@@ -294,7 +300,7 @@ def fetch(settings: DataSettings) -> Path:
     folder = cache / f"images-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}"
     if (folder / EXAMPLES).is_file():
         return folder
-    with temporary_folder(folder) as temporary:
+    with temporary_folder(folder, EXAMPLES) as temporary:
         # Fewer tokens are counted than a text has, so that the rows suffice for the budget whatever the tokenizer.
         lines, spent = [], 0
         for where, row in HubRows(settings.name, settings.subset, settings.split):

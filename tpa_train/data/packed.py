@@ -237,12 +237,14 @@ def texts_twice(tokens: torch.Tensor, bos_id: int, distance: int, count: int) ->
 class temporary_folder:
     """A folder beside ``final`` that becomes ``final`` when the block succeeds and disappears when it fails.
 
+    ``marker``: the file that every whole folder has. Where another process was faster, its folder is as good.
+
     A killed process leaves it behind under its temporary name, which nothing reads; the next pack into the same cache
     sweeps such leftovers once they are a day old.
     """
 
-    def __init__(self, final: Path) -> None:
-        self.final = final
+    def __init__(self, final: Path, marker: str = MANIFEST) -> None:
+        self.final, self.marker = final, marker
         self.path = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
 
     def __enter__(self) -> Path:
@@ -263,7 +265,6 @@ class temporary_folder:
             try:
                 self.path.rename(self.final)
             except OSError:
-                if not (self.final / MANIFEST).is_file():
+                if not (self.final / self.marker).is_file():
                     raise
-                # Another process packed the same thing meanwhile: its copy is as good.
         shutil.rmtree(self.path, ignore_errors=True)

@@ -11,7 +11,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -79,7 +79,10 @@ class LocalFiles:
             yield from self._parquet(file, columns)
             return
         with self.open(file) as data:
-            yield from (_json_lines if ".jsonl" in suffix else _json)(file, data)
+            if ".jsonl" in suffix:
+                yield from json_lines(data, _line_of(file))
+            else:
+                yield from _json(file, data)
 
     def _parquet(self, file: Path, columns: Sequence[str] | None) -> Iterator[Record]:
         try:
@@ -120,10 +123,14 @@ class FileRecords:
             yield from self.local.records(file)
 
 
-def _json_lines(file: Path, data: Any) -> Iterator[Record]:
-    """Yields the objects of a JSON-lines file: of anything that iterates over lines of bytes."""
-    for number, line in enumerate(data, start=1):
-        where = f"data.path: line {number} of {file}"
+def json_lines(lines: Iterable[bytes], place: Callable[[int], str]) -> Iterator[Record]:
+    """Yields the objects of a JSON-lines file; ``place`` says for people where the so-many-th line stands.
+
+    Raises:
+        UserError: a line is not UTF-8, not JSON or not an object.
+    """
+    for number, line in enumerate(lines, start=1):
+        where = place(number)
         try:
             line = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as e:
@@ -139,6 +146,10 @@ def _json_lines(file: Path, data: Any) -> Iterator[Record]:
         yield where, row
 
 
+def _line_of(file: Path) -> Callable[[int], str]:
+    return lambda number: f"data.path: line {number} of {file}"
+
+
 def _json(file: Path, data: BinaryIO) -> Iterator[Record]:
     """Yields the objects of a .json file: a list of them, a single one, or one a line as in .jsonl."""
     content = data.read()
@@ -147,7 +158,7 @@ def _json(file: Path, data: BinaryIO) -> Iterator[Record]:
     except ValueError as e:
         if content.lstrip().startswith(b"["):
             raise UserError(f"data.path: {file} is not JSON ({_first_line(e)}); mend it.") from e
-        yield from _json_lines(file, content.splitlines())
+        yield from json_lines(content.splitlines(), _line_of(file))
         return
     for number, row in enumerate(whole if isinstance(whole, list) else [whole], start=1):
         where = f"data.path: record {number} of {file}"

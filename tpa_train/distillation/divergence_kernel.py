@@ -9,9 +9,10 @@ A chunk of N tokens goes through four launches, and its logits never reach memor
 4. cuBLAS: that gradient times the head.
 
 Why it is accurate where student and teacher nearly agree: y comes from the small difference of the hidden states, not
-from a difference of large logits, and probabilities differ by p_T·(e^(y − Δ) − 1) with Δ = log Σ p_T e^y. The 16-bit
-numbers are fixed-point with a scale for each row of a tile: at most max|y|/65534 off in y, and (max x − min x)/131070
-in x, where half precision floats would be 2⁻¹¹ of the number off.
+from a difference of large logits, and probabilities differ by p_T·(e^(y − Δ) − 1) with Δ = log Σ p_T e^y. Hidden states
+in float32 lose 13 bits in float16; for x, where a rounding error is as large as logits are, what they lose goes through
+a product of its own. The 16-bit numbers are fixed-point with a scale for each row of a tile: at most max|y|/65534 off
+in y, and (max x − min x)/131070 in x, where half precision floats would be 2⁻¹¹ of the number off.
 
 Shapes: N tokens of the chunk, V vocabulary, D hidden size, B = ⌈V/BN⌉ tiles of a row. ``stats`` is float32 [B, S, N].
 """
@@ -87,15 +88,16 @@ def _leave_statistics(
 
 @triton.jit
 def _encode_logits(
-    h_t, h_s, e_t, e_s, scale_t, scale_s, codes_x, codes_y, labels, stats,
+    h_t, h_s, low_t, low_s, e_t, e_s, scale_t, scale_s, codes_x, codes_y, labels, stats,
     n, vocab, temperature, hidden_size: tl.constexpr,
-    SHARED: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr, S: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SHARED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr, HAS_CE: tl.constexpr,
+    S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of x and y: two products that share the head's tile.
 
     Args (in memory):
         h_t, h_s: float16 [N, D]; with SHARED, ``h_s`` holds h_S − h_T, else h_S.
+        low_t, low_s: with SPLIT, what h_t (and without SHARED h_s) lost to rounding.
         e_t, e_s: heads, float16 [V, D].
         scale_t, scale_s: what the products are multiplied by, 1/T included, float32 [N].
         codes_x, codes_y: int16 [N, V], written.
@@ -117,6 +119,14 @@ def _encode_logits(
         if not SHARED:
             w = tl.load(e_s + at_col + k, mask=left[:, None], other=0.0)
         y = tl.dot(tl.load(h_s + at_row + k, mask=left[None, :], other=0.0), w, y)
+    if SPLIT:  # a loop of its own: more tiles in the first one would leave no room for a second program
+        for k in range(0, hidden_size, BK):
+            left = ks < hidden_size - k
+            w = tl.load(e_t + at_col + k, mask=left[:, None], other=0.0)
+            x = tl.dot(tl.load(low_t + at_row + k, mask=left[None, :], other=0.0), w, x)
+            if not SHARED:
+                w = tl.load(e_s + at_col + k, mask=left[:, None], other=0.0)
+                y = tl.dot(tl.load(low_s + at_row + k, mask=left[None, :], other=0.0), w, y)
     x = x * tl.load(scale_t + rows, mask=valid, other=0.0)[:, None]
     y = y * tl.load(scale_s + rows, mask=valid, other=0.0)[:, None]
     if not SHARED:
@@ -362,6 +372,11 @@ def scaled_half(tensor: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]
     return half, 1 / scale
 
 
+def lost_half(tensor: Tensor, half: Tensor, unit: Tensor) -> Tensor:
+    """Returns in float16 what ``tensor`` lost as ``half``, in the same ``unit`` (both from ``scaled_half``)."""
+    return (tensor / unit - half).half()
+
+
 class TritonDivergence:
     """``losses.ChunkedDivergence`` on CUDA, for heads in half precision (as the module says) or float32.
 
@@ -378,9 +393,15 @@ class TritonDivergence:
         self.shared = student_head.data_ptr() == teacher_head.data_ptr()
         self.hidden_t, self.hidden_s = teacher.float(), self.student - teacher if self.shared else self.student
         self.head_t, self.head_s, self.unit, self.range = teacher_head, student_head, 1.0, 1.0
+        self.split = self.coded and torch.promote_types(student.dtype, teacher.dtype) == torch.float32
         if self.coded:
+            wide_t, wide_s = self.hidden_t, self.hidden_s
             self.hidden_t, scale_t = scaled_half(teacher, -1)
-            self.hidden_s, scale_s = scaled_half(self.hidden_s, -1)
+            self.hidden_s, scale_s = scaled_half(wide_s, -1)
+            self.low_t, self.low_s = self.hidden_t, self.hidden_s  # not read
+            if self.split:
+                self.low_t = lost_half(wide_t, self.hidden_t, scale_t)
+                self.low_s = self.low_t if self.shared else lost_half(wide_s, self.hidden_s, scale_s)
             self.head_t, unit_t = scaled_half(teacher_head)
             self.head_s, self.unit = (self.head_t, unit_t) if self.shared else scaled_half(student_head)
             self.scale_t = (scale_t * unit_t / divergence.temperature).flatten()
@@ -403,9 +424,9 @@ class TritonDivergence:
         common = {"KIND": kind, "HAS_CE": d.ce_weight > 0, "S": self.num_stats}
         if self.coded:
             _encode_logits[(triton.cdiv(n, TILE_M), self.tiles)](
-                hidden_t, hidden_s, self.head_t, self.head_s, self.scale_t[part], self.scale_s[part], x, y, labels,
-                self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared, EVEN=vocab % TILE_N == 0,
-                BM=TILE_M, BN=TILE_N, BK=TILE_K, **common, **ENCODE_OPTIONS,
+                hidden_t, hidden_s, self.low_t[part], self.low_s[part], self.head_t, self.head_s, self.scale_t[part],
+                self.scale_s[part], x, y, labels, self.stats, n, vocab, d.temperature, hidden_size, SHARED=self.shared,
+                SPLIT=self.split, EVEN=vocab % TILE_N == 0, BM=TILE_M, BN=TILE_N, BK=TILE_K, **common, **ENCODE_OPTIONS,
                 enable_fp_fusion=self.shared,  # a fused multiply-add would leave a rounding error of equal products
             )  # fmt: skip
         else:

@@ -37,8 +37,8 @@ class EndToEndModule(RecoveryModule):
     """KL(teacher ‖ student) over the full vocabulary plus a hidden-state loss per layer that decays to zero.
 
     A batch may carry ``loss_mask`` [B, L], float or bool: the weight of what is predicted at each position. It weights
-    the tokens of the output loss; hidden states, which later positions attend to, count everywhere in a batch, and a
-    batch counts by its tokens that do.
+    the tokens of the output loss, as being text does in batches with images; hidden states, which later positions
+    attend to, count everywhere in a batch, and a batch counts by its tokens that do.
 
     Args (beyond ``RecoveryModule``'s):
         hidden_weight: of the mean normalised hidden-state error at the first step.
@@ -53,7 +53,7 @@ class EndToEndModule(RecoveryModule):
         cache: what the teacher says of every row; it then does not run. ``hidden_weight`` must be 0.
     """
 
-    stage, passes, masked = "distilled", ("teacher_pass", "student_pass"), True
+    stage, passes = "distilled", ("teacher_pass", "student_pass")
 
     def __init__(
         self,
@@ -167,6 +167,8 @@ class EndToEndModule(RecoveryModule):
             loss = self.output_loss(h_student, stored["hidden"], weights, labels)
         else:
             loss = topk_kl(h_student, self.student.head_weight, **stored, weights=weights)[0]
+        if mask is not None or "images" in batch:  # rows of image data, though these have none
+            self._share = torch.ones_like(loss.detach()) if weights is None else weights.to(loss.dtype).mean()
         metrics = {"kl" if self.divergence == Divergence() else "output_loss": loss.detach()}
         if hidden_errors:
             metrics |= {f"hidden_error/layer_{i}": e.detach() for i, e in enumerate(hidden_errors, self.first)}

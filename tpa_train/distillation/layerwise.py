@@ -76,7 +76,9 @@ def layer_errors(
 class LayerwiseModule(RecoveryModule):
     """Every converted attention gets the teacher's input to its layer and must reproduce the teacher's output.
 
-    All layers learn in parallel, without the vocabulary and without the layers above the last converted one.
+    All layers learn in parallel, without the vocabulary and without the layers above the last converted one. All tokens
+    count alike, also those that a batch's ``loss_mask`` leaves out (prompts of conversations) and image tokens: what
+    this stage matches is what later tokens read of them.
 
     Args (beyond ``RecoveryModule``'s):
         initial_errors: of each layer before the stage (``layer_errors``). Adam's steps do not shrink with the error, so

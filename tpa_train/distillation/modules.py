@@ -99,7 +99,6 @@ class RecoveryModule(L.LightningModule):
     """
 
     stage: str
-    masked = False  # whether a batch's ``loss_mask`` says which tokens its loss is the mean of
     passes: tuple[str, ...]  # names of the methods that a step spends its time in, to be compiled
 
     def __init__(
@@ -122,7 +121,10 @@ class RecoveryModule(L.LightningModule):
             wide = parameters[name].detach().to(accumulation_dtype(parameters[name].dtype), copy=True)
             set_parameter(student, name, nn.Parameter(wide))
         self._tokens = 0
-        self._counted: list[Tensor] = []  # share of counted tokens of each batch since the last step, where some do not
+        # Share of a batch's tokens that its loss is the mean of, where some do not count: the last batch's, and all
+        # batches' since the last step.
+        self._share: Tensor | None = None
+        self._counted: list[Tensor] = []
         self._is_sharded = False
 
     def configure_model(self) -> None:
@@ -216,23 +218,22 @@ class RecoveryModule(L.LightningModule):
             for name, value in metrics.items():
                 self.log(name, value, prog_bar=False, sync_dist=several)
         self.log("loss", loss.detach(), prog_bar=True, sync_dist=several)
-        return self._weighted(loss, batch)
+        return self._weighted(loss)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns ``losses``; called as a module, so that sharded weights are gathered around it."""
         return self.losses(batch)
 
-    def _weighted(self, loss: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Returns the mean ``loss`` of a batch times the share of its tokens that count (``loss_mask`` [B, L]).
+    def _weighted(self, loss: Tensor) -> Tensor:
+        """Returns the mean ``loss`` of a batch times the share of its tokens that count, as ``losses`` left it.
 
-        Stages that compare every token leave it as it is. A step averages over its batches, of all processes. That is
-        the mean over tokens as long as every batch counts equally many; otherwise ``_normalise_by_tokens`` makes it so,
-        once the step's counts are known.
+        Stages that compare every token leave none. A step averages over its batches, of all processes. That is the mean
+        over tokens as long as every batch counts equally many; otherwise ``_normalise_by_tokens`` makes it so, once the
+        step's counts are known.
         """
-        mask = batch.get("loss_mask") if self.masked else None
-        if mask is None:
+        share, self._share = self._share, None
+        if share is None:
             return loss
-        share = mask.to(loss.dtype).mean()
         self._counted.append(share)
         return loss * share
 
@@ -249,5 +250,8 @@ class RecoveryModule(L.LightningModule):
         self._counted = []
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L]."""
+        """Returns the loss and what else to log, from ``token_ids``, ``document_ids`` and ``loss_mask`` [B, L].
+
+        Where data have tokens that do not count, every batch of theirs leaves its ``_share``: all processes must do so.
+        """
         raise NotImplementedError

@@ -162,7 +162,7 @@ class TeacherCache:
                     )
                     with autocast():
                         hidden = teacher.hidden_states(ids, documents)
-                    parts.append({name: t.cpu() for name, t in self._kept(hidden, teacher.head_weight).items()})
+                    parts.append({name: t.cpu() for name, t in self.kept(hidden, teacher.head_weight).items()})
                     bar.update(len(items))
                 tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 path = self.folder / f"rows-{number:05d}.safetensors"
@@ -171,7 +171,7 @@ class TeacherCache:
                 self._index(path)
                 number += 1
 
-    def _kept(self, hidden: Tensor, head: Tensor) -> dict[str, Tensor]:
+    def kept(self, hidden: Tensor, head: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of final hidden states [B, L, D]."""
         if self.mode == "hidden":
             return {"hidden": hidden.to(self.dtype)}

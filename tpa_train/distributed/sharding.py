@@ -34,6 +34,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns what this process holds of a sharded tensor, the same memory; a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Returns this process's part of a whole ``tensor``, sharded as ``parameter`` is."""
     tensor = tensor.to(parameter.device)
@@ -77,6 +86,13 @@ def _same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> bool:
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
 
 
+def stays_whole(name: str, parameter: nn.Parameter) -> bool:
+    """Whether every process keeps the whole parameter: frozen vectors are small, and a quantizer's centers must not be
+    rounded.
+    """
+    return not parameter.requires_grad and (parameter.ndim == 1 or name.endswith(".center"))
+
+
 def shard(
     root: nn.Module, teacher: nn.Module, student: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None
 ) -> None:
@@ -90,10 +106,7 @@ def shard(
     """
     shared = share_modules(teacher, student)
     policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
-    # Frozen vectors are small, and a quantizer's centers must not be rounded: every process keeps them whole.
-    frozen = {
-        p for n, p in root.named_parameters() if not p.requires_grad and (p.ndim == 1 or n.endswith(".center"))
-    }
+    frozen = {p for n, p in root.named_parameters() if stays_whole(n, p)}
     layers = {id(layer): layer for model in (teacher, student) for layer in model.layers}
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     units = [m for m in shared if id(m) in inside and not set(m.parameters()) <= frozen]
@@ -195,12 +208,12 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return _on_first(self.lightning_module.state_dict())
+        return on_first(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         state = optimizer.state_dict()
-        whole_state = {index: _on_first(values) for index, values in state["state"].items()}
+        whole_state = {index: on_first(values) for index, values in state["state"].items()}
         return {"state": whole_state, "param_groups": state["param_groups"]}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -228,7 +241,7 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def _on_first(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def on_first(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tensors whole and on the CPU; nothing on other processes than the first."""
     kept = {}
     for name, tensor in tensors.items():

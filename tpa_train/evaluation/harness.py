@@ -5,15 +5,14 @@ https://github.com/EleutherAI/lm-evaluation-harness, ``lm_eval.api.model.LM``; t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from tpa_train.errors import UserError
 from tpa_train.evaluation.multiple_choice import scores_and_greedy
-from tpa_train.tpa.generation import stop_ids, stream_ids
+from tpa_train.tpa.generation import engine_for
 
 MAX_TOKENS = 256  # of a generated answer, where a task names no limit
 
@@ -83,24 +82,13 @@ class HarnessMethods:
         prompt = tokenizer.encode(context)
         if len(prompt) > room:
             prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]]
-        steps = stream_ids(
-            self.model, [prompt], limit, temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
-            top_k=options.get("top_k"), top_p=options.get("top_p"),
+        engine = engine_for(self.model, [prompt], limit)
+        request = engine.submit(
+            prompt, limit, temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
+            top_k=options.get("top_k"), top_p=options.get("top_p"), stop=[stop for stop in until if stop],
         )  # fmt: skip
-        ends, written, text = stop_ids(self.model), [], ""
-        for token in _ids(steps):
-            if token in ends:
-                break
-            written.append(token)
-            text = tokenizer.decode(written)
-            if any(stop in text for stop in until):
-                break
-        return text[: min([text.find(stop) for stop in until if stop in text], default=len(text))]
-
-
-def _ids(steps: Iterator[torch.Tensor]) -> Iterator[int]:
-    for tokens in steps:
-        yield int(tokens[0])
+        engine.run()
+        return request.text
 
 
 def harness_model(model: Any, progress: bool = True) -> Any:

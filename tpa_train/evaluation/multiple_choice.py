@@ -11,17 +11,18 @@ likely by itself.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from tpa_train.data.records import json_lines
 from tpa_train.errors import UserError
 from tpa_train.evaluation.metrics import score_tokens
 
@@ -67,14 +68,9 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
     path = Path(path).expanduser()
     questions: list[Question] = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(questions) >= limit:
-                    break
-                if line.strip():
-                    questions.append(_parse(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; a suite is one JSON object a line.") from error
+        with path.open("rb") as lines:
+            for where, row in islice(json_lines(lines, lambda number: f"{path}, line {number}"), limit):
+                questions.append(_parse(row, where))
     except OSError as error:
         raise UserError(f"cannot read the suite {path}: {error.strerror}.") from error
     if not questions:
@@ -82,13 +78,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
     return questions
 
 
-def _parse(line: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at character {error.pos + 1}).") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be an object with context, choices and label.")
+def _parse(row: dict[str, Any], where: str) -> Question:
     if "contexts" in row or "continuation" in row:
         contexts = _texts(row.get("contexts"), "contexts", where)
         continuation = row.get("continuation")
@@ -128,18 +118,6 @@ def encode_answer(tokenizer: Any, context: str, answer: str) -> tuple[list[int],
     while begin < min(len(before), len(tokens) - 1) and before[begin] == tokens[begin]:
         begin += 1
     return tokens, max(begin, 1)
-
-
-def answer_scores(
-    model: Any,
-    encoded: Sequence[tuple[list[int], int]],
-    head_dtype: torch.dtype = torch.float32,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    batch_tokens: int = BATCH_TOKENS,
-    bar: tqdm | None = None,
-) -> list[float]:
-    """Returns Σ log p(answer token | everything before it) of each text, in nats; as ``scores_and_greedy``."""
-    return scores_and_greedy(model, encoded, head_dtype, autocast, batch_tokens, bar)[0]
 
 
 def scores_and_greedy(
@@ -225,7 +203,7 @@ def score_questions(
     model.eval()
     try:
         with tqdm(total=len(encoded), desc=name, unit="answer", leave=False, disable=not progress) as bar:
-            scores = answer_scores(model, encoded, head_dtype, autocast, bar=bar)
+            scores, _ = scores_and_greedy(model, encoded, head_dtype, autocast, bar=bar)
     finally:
         model.train(training)
     chosen, right, right_norm, by_task, first = [], 0, 0, defaultdict(list), 0

@@ -7,6 +7,7 @@ that fits. Global layers count with the whole context, local ones with their win
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tpa_train.errors import UserError, nearest
@@ -69,6 +70,8 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
     Raises:
         UserError: names the option, the best ratio that can be had, and what to change.
     """
+    if not 0 < budget.cache_ratio < math.inf:  # nor NaN
+        raise UserError(f"budget.cache_ratio={budget.cache_ratio:g} is no ratio; use a number above 1, such as 4.")
     if budget.cache_ratio < 1:
         raise UserError(f"budget.cache_ratio={budget.cache_ratio:g} would enlarge the cache; use a ratio above 1.")
     if not budget.bits:

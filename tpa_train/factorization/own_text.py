@@ -26,8 +26,7 @@ def sample_own_text(model: Gemma3ForCausalLM, rows: int = ROWS, length: int = LE
     length = min(length, model.config.max_context)
     bos = BOS if model.tokenizer is None else model.tokenizer.bos_id
     device = model.head_weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    steps = stream_ids(model, [[bos]] * rows, length - 1, temperature=1.0, generator=generator)
+    steps = stream_ids(model, [[bos]] * rows, length - 1, temperature=1.0, seed=rows * seed)
     return torch.stack([torch.full((rows,), bos, device=device), *steps], dim=1)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.images import ImageBlocks
 from tpa_train.gemma3.layers import Linear, RMSNorm, apply_rotary, rotary_table
-
-if TYPE_CHECKING:
-    from tpa_train.gemma3.cache import KVCache
 
 try:  # torch ≥ 2.10; older versions and CPUs use the SDPA path below
     from torch.nn.attention.varlen import varlen_attn
@@ -76,6 +73,21 @@ class Documents:
         return [(a // length, a % length, a % length + (b - a)) for a, b in pairs]
 
 
+class Cache(Protocol):
+    """What holds the tokens before the new ones: a layer asks it to take in the new entries and to attend over all."""
+
+    def positions(self, count: int) -> Tensor:
+        """Returns RoPE positions int [B or 1, count] of the next ``count`` tokens."""
+
+    def attend(
+        self, attention: Attention, queries: Tensor, entries: tuple[Tensor, ...], images: ImageBlocks | None
+    ) -> Tensor:
+        """Stores ``entries`` (``Attention.write``'s) and returns what attention gives ``queries``, [B, L, H, e]."""
+
+    def advance(self, count: int) -> None:
+        """Takes note that all layers have stored ``count`` tokens."""
+
+
 @dataclass
 class AttentionContext:
     """What one forward pass shares between its layers."""
@@ -83,7 +95,7 @@ class AttentionContext:
     config: Gemma3Config
     positions: Tensor  # int [B or 1, L], RoPE positions of the new tokens
     documents: Documents | None = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
     images: ImageBlocks | None = None  # None where there are only text tokens
     rotary: dict[LayerKind, RotaryTable] = field(default_factory=dict)
 
@@ -122,7 +134,7 @@ def attend(
         window = None
     if value_dim < k.shape[-1]:  # flash kernels want equal head sizes; zero columns cost less than the math kernel
         v = F.pad(v, (0, k.shape[-1] - value_dim))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+    if fuses(q):
         out = _attend_varlen(q, k, v, scale, window, documents)
     elif window is not None:
         out = _attend_banded(q, k, v, scale, window, documents)
@@ -144,18 +156,36 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     return out.transpose(1, 2)
 
 
+def fuses(q: Tensor) -> bool:
+    """Whether flash attention over variable-length sequences serves these queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Attention of the last L tokens of a sequence on all S of it, as ``attend``, where ``fuses``: no mask is built.
+
+    q: [B, L, H, d]; k: [B, S, G, d]; v: [B, S, G, e] with e ≤ d. Returns [B, L, H, e].
+    """
+    value_dim = v.shape[-1]
+    out = _attend_varlen(q, k, F.pad(v, (0, k.shape[-1] - value_dim)), scale, window, None)
+    return out[..., :value_dim]
+
+
 def _attend_varlen(q, k, v, scale, window, documents) -> Tensor:
-    """Flash attention over the flattened tokens, one sequence per document."""
+    """Flash attention over the flattened tokens, one sequence per document; fewer queries than keys are the last."""
     batch, length, heads, dim = q.shape
+    seen = k.shape[1]
     if documents is None:
-        edges = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+        edges, key_edges = (
+            torch.arange(0, batch * n + 1, n, dtype=torch.int32, device=q.device) for n in (length, seen)
+        )
     else:
-        edges = documents.cu_seqlens
+        edges = key_edges = documents.cu_seqlens
     # Older versions read each key for all its query heads without being told.
     options = {"enable_gqa": True} if VARLEN_GQA and k.shape[2] != heads else {}
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, edges, edges, length, length, scale=scale, window_size=(left, 0), **options)
+    out = varlen_attn(q, k, v, edges, key_edges, length, seen, scale=scale, window_size=(left, 0), **options)
     return out.view(batch, length, heads, dim)
 
 
@@ -295,12 +325,4 @@ class Attention(nn.Module):
         if context.cache is None:
             k, v = self.read(self.as_cached(entries), rotary)
             return self.output(attend(q, k, v, self.config.scale, self.window, context.documents, context.images))
-        view = context.cache.update(self.layer, self.pack(entries))
-        k, v = self.read(self.unpack(view.stored, q.dtype), view.rotary)
-        if view.whole_sequence:  # the prompt's first chunk: the cheap causal path applies
-            return self.output(attend(q, k, v, self.config.scale, self.window, images=context.images))
-        mask = view.mask
-        if context.images is not None and mask is not None:  # the new tokens are the last of those seen
-            new = mask[..., -x.shape[1] :] | context.images.future
-            mask = torch.cat((mask[..., : -x.shape[1]].expand(*new.shape[:3], -1), new), dim=-1)
-        return self.output(sdpa(q, k, v, self.config.scale, mask))
+        return self.output(context.cache.attend(self, q, entries, context.images))

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from tpa_train.errors import UserError, nearest
+from tpa_train.errors import UserError, check_keys
 from tpa_train.gemma3.vision_config import VisionConfig
 
 LayerKind = Literal["local", "global"]
@@ -80,10 +80,7 @@ class Gemma3Config:
         Raises:
             UserError: a key is unknown.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown Gemma 3 config key '{key}'{nearest(key, known)}")
+        check_keys(values, cls, "Gemma 3 config")
         values = dict(values)
         if values.get("vision") is not None:
             values["vision"] = VisionConfig.from_dict(values["vision"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpa_train.errors import UserError
-from tpa_train.gemma3.attention import Attention, AttentionContext, Documents
+from tpa_train.gemma3.attention import Attention, AttentionContext, Cache, Documents
 from tpa_train.gemma3.cache import KVCache
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.images import ImageBlocks, image_blocks, populate_image_embeddings
@@ -76,7 +76,7 @@ class Gemma3ForCausalLM(nn.Module):
         return Attention(self.config, index)
 
     def context(
-        self, token_ids: Tensor, document_ids: Tensor | Documents | None = None, cache: KVCache | None = None
+        self, token_ids: Tensor, document_ids: Tensor | Documents | None = None, cache: Cache | None = None
     ) -> AttentionContext:
         """Returns what all layers share in a forward pass over ``token_ids`` [B, L].
 
@@ -118,7 +118,7 @@ class Gemma3ForCausalLM(nn.Module):
         return populate_image_embeddings(x, token_ids, soft, self.config.vision.image_token_id)
 
     def begin(
-        self, batch: Tensor | Mapping[str, Tensor], cache: KVCache | None = None
+        self, batch: Tensor | Mapping[str, Tensor], cache: Cache | None = None
     ) -> tuple[Tensor, AttentionContext]:
         """Returns the start of the residual stream [B, L, D] and what all layers share, of one forward pass.
 
@@ -150,7 +150,7 @@ class Gemma3ForCausalLM(nn.Module):
         self,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
         """Returns the final normalised hidden states [B, L, D]; ``logits`` turns them into scores."""
@@ -176,7 +176,7 @@ class Gemma3ForCausalLM(nn.Module):
         self,
         token_ids: Tensor,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
         """Returns logits [B, L, V] of ``token_ids`` int [B, L]; with a cache, of the new tokens after the cached.

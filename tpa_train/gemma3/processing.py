@@ -166,9 +166,7 @@ def encode_prompt(
     """
     if config is None:
         if images:
-            raise UserError(
-                "this model is text-only: it cannot be given images; use a multimodal one (4B, 12B, 27B)."
-            )
+            raise UserError("this model is text-only: it cannot be given images; use a multimodal one (4B, 12B, 27B).")
         return tokenizer.encode(text) if chat is None else chat.encode_prompt(text), None
     pieces = pieces_around(text, len(images))
     if not images:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from tpa_train.errors import UserError, nearest
+from tpa_train.errors import UserError, check_keys
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,5 @@ class VisionConfig:
         Raises:
             UserError: a key is unknown.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown vision config key '{key}'{nearest(key, known)}")
+        check_keys(values, cls, "vision config")
         return cls(**values)

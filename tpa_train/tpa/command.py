@@ -15,7 +15,7 @@ from tpa_train.cli import choose_device, parse
 from tpa_train.errors import UserError
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.gemma3.processing import open_image
-from tpa_train.gemma3.tokenizer import StreamDecoder
+from tpa_train.serving.sampling import Sampling, random_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STDIN = "-"
@@ -45,6 +45,15 @@ class GenerateArgs:
     top_k: int | None = field(default=None, metadata={"help": "sample from the so many likeliest tokens only."})
     top_p: float | None = field(
         default=None, metadata={"help": "sample from the fewest tokens that have so much probability together."}
+    )
+    min_p: float | None = field(
+        default=None, metadata={"help": "sample only tokens at least so likely as this share of the likeliest one."}
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1 makes tokens that were there already less likely."}
+    )
+    stop: list[str] = field(
+        default_factory=list, metadata={"help": "end before this text; repeat it for several of them."}
     )
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; null: an accelerator if there is one."})
@@ -119,27 +128,22 @@ def stream(model: Gemma3ForCausalLM, prompt: str, args: GenerateArgs, out: TextI
         UserError: the model has no tokenizer, or the text does not fit its context.
     """
     from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
-    from tpa_train.tpa.generation import encode_prompts, generate
+    from tpa_train.tpa.generation import encode_prompts, engine_for
 
     if model.tokenizer is None:
         raise UserError(f"model={args.model} has no tokenizer; put its tokenizer.model beside the weights.")
     chat = args.chat == "true" or args.chat == "auto" and model.tokenizer.chat_template is not None
-    decoder, times = StreamDecoder(model.tokenizer), []
-
-    def show(tokens: list[int | None]) -> None:
+    start, times = time.perf_counter(), []
+    encoded, images = encode_prompts(model, prompt, chat, args.image, args.pan_and_scan)
+    engine = engine_for(model, encoded, args.max_tokens)
+    request = engine.submit(encoded[0], args.max_tokens, sampling=sampling_of(args), stop=args.stop, images=images[0])
+    for update in engine.stream(request):
         times.append(time.perf_counter())
-        if tokens[0] is not None:
-            out.write(decoder.push(tokens[0]))
-            out.flush()
-
-    start = time.perf_counter()
-    generate(
-        model, prompt, args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_tokens=show, chat=chat,
-        images=args.image, pan_and_scan=args.pan_and_scan,
-    )  # fmt: skip
-    out.write(decoder.flush() + "\n")
+        out.write(update.text)
+        out.flush()
+    out.write("\n")
     out.flush()
-    prompt_tokens = len(encode_prompts(model, prompt, chat, args.image, args.pan_and_scan)[0][0])
+    prompt_tokens = len(request.prompt)
     with torch.device("meta"):
         dense = Gemma3ForMultimodalLMwithTPA(model.config)
     capacity, dtype = prompt_tokens + args.max_tokens, model.head_weight.dtype
@@ -166,9 +170,16 @@ def _check(args: GenerateArgs) -> None:
         open_image(image, decode=False)
     if args.max_tokens < 1:
         raise UserError(f"max_tokens={args.max_tokens} must be at least 1.")
-    if args.temperature < 0:
-        raise UserError(f"temperature={args.temperature:g} must not be negative.")
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"top_k={args.top_k} must be at least 1.")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"top_p={args.top_p:g} must lie above 0 and be at most 1.")
+    if not all(args.stop):
+        raise UserError("stop= is empty; name the text to end before, or leave it out.")
+    sampling_of(args)
+
+
+def sampling_of(args: GenerateArgs) -> Sampling:
+    """Returns how tokens are chosen.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    seed = random_seed() if args.seed is None else args.seed
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)

@@ -20,9 +20,10 @@ from tpa_train.tpa.quantization import (
     check_bits,
     code_levels,
     decode,
-    encode,
     entry_bytes,
     fake_quantize,
+    pack_codes,
+    quantize,
     stored_shapes,
 )
 
@@ -101,10 +102,18 @@ class Entry:
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns what the cache stores of ``x`` [..., rows, count], one tensor per item of ``storage``."""
+        if self.exact:
+            return (x,)
+        # All widths in one pass: a new token's numbers are few, and calls would cost more than they.
+        codes, scales = quantize(x, self._levels if x.device.type == "cpu" else self.levels(x.device))
         stored: list[Tensor] = []
         for start, stop, bits in self.segments:
-            part = x[..., start:stop]
-            stored += (part,) if bits == 16 else encode(part, bits)
+            part = slice(start, stop)
+            if bits == 16:
+                stored.append(x[..., part])
+            else:
+                groups = slice(start // GROUP, -(-stop // GROUP))
+                stored += (pack_codes(codes[..., part], bits), scales[..., groups, :])
         return tuple(stored)
 
     def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -116,6 +125,10 @@ class Entry:
             else:
                 parts.append(decode(rest.pop(0), rest.pop(0), bits, stop - start, dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @cached_property
+    def _levels(self) -> Tensor:
+        return self.levels("cpu")
 
     def levels(self, device: torch.device | str = "cpu") -> Tensor:
         """Returns what ``rounded`` needs to know of the widths (``quantization.code_levels``)."""

@@ -16,7 +16,6 @@ from tpa_train.errors import UserError
 
 GROUP = 32  # numbers that share a scale and a minimum
 BITS = (16, 8, 6, 4, 3, 2)  # 16: stored in the cache's own floating-point type
-WORD = 8  # codes that are packed together, into as many bytes as a code has bits
 SCALE_BYTES = 2 * 2  # of one group: scale and minimum in float16
 
 
@@ -69,25 +68,36 @@ def _one_level(bits: int, device: torch.device) -> Tensor:
     return torch.full((1,), 2**bits - 1, dtype=torch.uint8, device=device)
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packs uint8 codes [..., n] below 2^bits into bytes [..., ⌈n·bits/8⌉]."""
     if bits == 8:
         return codes
     count = codes.shape[-1]
-    words = F.pad(codes, (0, -count % WORD)).unflatten(-1, (-1, WORD)).long()
-    word = (words << (bits * torch.arange(WORD, device=codes.device))).sum(-1, keepdim=True)
-    packed = (word >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return packed.flatten(-2)[..., : -(-count * bits // 8)].to(torch.uint8)
+    size, width, kind = _word(bits)
+    words = F.pad(codes, (0, -count % size)).unflatten(-1, (-1, size)).to(kind)
+    word = words[..., 0]
+    for index in range(1, size):
+        word = word | words[..., index] << bits * index
+    packed = torch.stack([(word >> 8 * index).to(torch.uint8) for index in range(width)], dim=-1)
+    return packed.flatten(-2)[..., : -(-count * bits // 8)]
 
 
-def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Returns the ``count`` codes [..., n] that ``_pack`` packed, uint8."""
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Returns the ``count`` codes [..., n] that ``pack_codes`` packed, uint8."""
     if bits == 8:
-        return packed
-    parts = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-    word = (parts << (8 * torch.arange(bits, device=packed.device))).sum(-1, keepdim=True)
-    codes = (word >> (bits * torch.arange(WORD, device=packed.device))) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count].to(torch.uint8)
+        return packed[..., :count]
+    size, width, kind = _word(bits)
+    parts = F.pad(packed, (0, -packed.shape[-1] % width)).unflatten(-1, (-1, width)).to(kind)
+    word = parts[..., 0]
+    for index in range(1, width):
+        word = word | parts[..., index] << 8 * index
+    codes = [(word >> bits * index & (1 << bits) - 1).to(torch.uint8) for index in range(size)]
+    return torch.stack(codes, dim=-1).flatten(-2)[..., :count]
+
+
+def _word(bits: int) -> tuple[int, int, torch.dtype]:
+    """Returns how many codes are the smallest whole number of bytes, how many bytes, and a type that holds them."""
+    return (8 // bits, 1, torch.uint8) if 8 % bits == 0 else (24 // bits, 3, torch.int32)
 
 
 def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -97,20 +107,28 @@ def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         codes uint8 [..., ⌈n·bits/8⌉] (little-endian: the first code lies in the lowest bits) and scales float16
         [..., ⌈n/32⌉, 2] (scale, minimum).
     """
-    count = x.shape[-1]
-    groups, levels = _grouped(x.float()), _one_level(bits, x.device)
+    codes, scales = quantize(x, _one_level(bits, x.device))
+    return pack_codes(codes, bits), scales
+
+
+def quantize(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the codes of ``x`` [..., n], uint8 [..., n], and the scales, float16 [..., ⌈n/32⌉, 2].
+
+    ``levels``: ``code_levels`` of a width for every group.
+    """
+    groups = _grouped(x.float())
     scale, low = _bounds(groups, levels)
-    codes = _pack(_codes(groups, scale, low, levels).flatten(-2)[..., :count].to(torch.uint8), bits)
+    codes = _codes(groups, scale, low, levels).flatten(-2)[..., : x.shape[-1]].to(torch.uint8)
     # Stacked in float32: autocast on a CPU cannot promote float16.
     return codes, torch.stack((scale.float(), low.float()), dim=-1).to(torch.float16)
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:
     """Returns the ``count`` numbers [..., n] that ``encode`` stored, in ``dtype``."""
-    codes = _unpack(codes, bits, count)
-    groups = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).float()
+    codes = unpack_codes(codes, bits, count)
+    groups = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).to(torch.float32)
     scale, low = scales.float().unbind(-1)
-    return (groups * scale[..., None] + low[..., None]).flatten(-2)[..., :count].to(dtype)
+    return groups.mul_(scale[..., None]).add_(low[..., None]).flatten(-2)[..., :count].to(dtype)
 
 
 def fake_quantize(x: Tensor, bits: int | Tensor) -> Tensor:

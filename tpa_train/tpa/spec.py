@@ -120,9 +120,7 @@ def dense_specs(config: Gemma3Config) -> list[LayerSpec]:
 
 def cache_bytes(config: Gemma3Config, specs: list[LayerSpec], context: int) -> int:
     """Returns the cache bytes of one sequence at ``context`` tokens: Σ n_l(L)·c_l (DESIGN §2), windows included."""
-    return sum(
-        config.cached_tokens(index, context) * spec.bytes_per_token(config) for index, spec in enumerate(specs)
-    )
+    return sum(config.cached_tokens(index, context) * spec.bytes_per_token(config) for index, spec in enumerate(specs))
 
 
 def specs_to_dicts(specs: list[LayerSpec]) -> list[dict]:

@@ -1,7 +1,8 @@
 """One step of decoding: attention of one new query a sequence on everything that its layer has cached.
 
 ``attend_cached`` is the only door. ``reference`` reads the cache with PyTorch, on any device; it defines what is right.
-On CUDA the Triton kernels of ``kernel`` and ``combine`` read it as it lies: nothing is unpacked in memory.
+``cpu`` reads it block by block. On CUDA the Triton kernels of ``kernel`` and ``combine`` read it as it lies: nothing is
+unpacked in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
+from tpa_train.tpa.decode import cpu
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.reference import attend_reference
 
@@ -28,8 +30,8 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
         attention: the layer's, dense or factorized.
         queries: normalised and rotated, [B, H, d].
         cached: the layer's entries, the new token's among them.
-        backend: "triton", "reference" or "auto", which takes the kernels on CUDA wherever they serve; left out, what
-            the environment variable ``TPA_DECODE`` says, else "auto".
+        backend: "triton", "reference" or "auto": on CUDA the kernels wherever they serve, on a CPU ``cpu`` wherever it
+            does. Left out: what the environment variable ``TPA_DECODE`` says, else "auto".
 
     Raises:
         UserError: the backend is unknown, or the kernels cannot serve a call that demands them.
@@ -37,6 +39,8 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
     backend = backend or os.environ.get(VARIABLE) or "auto"
     if backend not in BACKENDS:
         raise UserError(f"unknown decoding backend '{backend}' (argument or {VARIABLE}){nearest(backend, BACKENDS)}")
+    if backend == "auto" and cpu.supported(attention, queries):
+        return cpu.attend_cpu(attention, queries, cached)
     if backend == "reference" or (backend == "auto" and not queries.is_cuda):
         return attend_reference(attention, queries, cached)
     reason = "Triton is not installed (its wheels come with CUDA builds of PyTorch)"
