@@ -34,6 +34,8 @@ def obstacle(queries: Tensor, cached: CachedTokens) -> str | None:
         return f"queries are {queries.dtype}"
     if not queries.is_cuda and not triton.knobs.runtime.interpret:
         return f"queries are on {queries.device.type}"
+    if torch.is_grad_enabled() and queries.requires_grad:
+        return "queries need a gradient"
     for stored in cached.stored:
         if not stored[0].is_contiguous() or _pitch(stored) != _pitch(cached.stored[0]):
             return "a buffer is not contiguous"
