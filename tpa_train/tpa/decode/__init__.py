@@ -1,13 +1,17 @@
 """One step of decoding: attention of one new query a sequence on everything that its layer has cached.
 
 ``attend_cached`` is the only door. ``reference`` reads the cache with PyTorch, on any device; it defines what is right.
-``cpu`` reads it block by block.
+``cpu`` reads it block by block. On CUDA the Triton kernels of ``kernel`` and ``combine`` read it as it lies: nothing is
+unpacked in memory.
 """
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
+from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import cpu
 from tpa_train.tpa.decode.cached import CachedTokens
@@ -15,15 +19,39 @@ from tpa_train.tpa.decode.reference import attend_reference
 
 __all__ = ["CachedTokens", "attend_cached"]
 
+BACKENDS = ("auto", "triton", "reference")
+VARIABLE = "TPA_DECODE"  # in the environment: a backend, where a call names none
 
-def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens) -> Tensor:
+
+def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, backend: str | None = None) -> Tensor:
     """Returns what attention gives for one query a sequence, [B, H, e]: ``attention.output`` takes it from there.
 
     Args:
         attention: the layer's, dense or factorized.
         queries: normalised and rotated, [B, H, d].
         cached: the layer's entries, the new token's among them.
+        backend: "triton", "reference" or "auto": on CUDA the kernels wherever they serve, on a CPU ``cpu`` wherever it
+            does. Left out: what the environment variable ``TPA_DECODE`` says, else "auto".
+
+    Raises:
+        UserError: the backend is unknown, or the kernels cannot serve a call that demands them.
     """
-    if cpu.supported(attention, queries):
+    backend = backend or os.environ.get(VARIABLE) or "auto"
+    if backend not in BACKENDS:
+        raise UserError(f"unknown decoding backend '{backend}' (argument or {VARIABLE}){nearest(backend, BACKENDS)}")
+    if backend == "auto" and cpu.supported(attention, queries):
         return cpu.attend_cpu(attention, queries, cached)
+    if backend == "reference" or (backend == "auto" and not queries.is_cuda):
+        return attend_reference(attention, queries, cached)
+    reason = "Triton is not installed (its wheels come with CUDA builds of PyTorch)"
+    try:
+        from tpa_train.tpa.decode import launch
+    except ImportError:
+        launch = None
+    if launch is not None:
+        reason = launch.obstacle(queries, cached)
+        if reason is None:
+            return launch.attend_triton(attention, queries, cached)
+    if backend == "triton":
+        raise UserError(f"{VARIABLE}=triton cannot serve this call: {reason}; leave it at auto.")
     return attend_reference(attention, queries, cached)

@@ -1,0 +1,144 @@
+"""Compiles decoding kernels for an H100 without a GPU and prints one JSON line a case: what each launch takes of a
+processor. Needs a process in which Triton does not interpret.
+
+    python tests/tpa/compile_decode.py [tokens=64,warps=4,…] CASE ...      (all cases when none is named)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.config import SIZES
+from tpa_train.gemma3.layers import rotary_table
+from tpa_train.tpa.attention import FactorizedAttention
+from tpa_train.tpa.decode import CachedTokens
+from tpa_train.tpa.decode.launch import Launch, prepare
+from tpa_train.tpa.decode.plan import plan_of
+from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.decode.tuning import default_tiles
+from tpa_train.tpa.spec import LayerSpec
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
+}  # fmt: skip
+CONTEXT = 4096
+S = LayerSpec
+# size, layer (5 is global, 0 local), specification, dtype
+CASES = {
+    "dense-270m": ("270m", 5, None),
+    "dense-4b": ("4b", 5, None),
+    "dense-4b-ring": ("4b", 0, None),
+    "dense-270m-4bit": ("270m", 5, S("dense", 256, "dense", 256, 4)),
+    "latent-270m-128": ("270m", 5, S("latent", 128, "latent", 128)),
+    "latent-270m-128-4bit": ("270m", 5, S("latent", 128, "latent", 128, 4)),
+    "latent-270m-96-8bit": ("270m", 5, S("latent", 96, "latent", 96, 8)),
+    "latent-270m-192-4bit": ("270m", 5, S("latent", 192, "latent", 192, 4)),
+    "latent-270m-256": ("270m", 5, S("latent", 256, "latent", 256)),
+    "latent-270m-256-8bit": ("270m", 5, S("latent", 256, "latent", 256, 8)),
+    "latent-270m-192": ("270m", 5, S("latent", 192, "latent", 192)),
+    "joint-270m-256-8bit": ("270m", 5, S("joint", 256, "joint", 256, 8)),
+    "latent-4b-49": ("4b", 5, S("latent", 49, "latent", 49)),
+    "joint-270m-98": ("270m", 5, S("joint", 98, "joint", 98, 8)),
+    "joint-270m-mixed": ("270m", 5, S("joint", 160, "joint", 160, (8, 4, 4, 3, 2))),
+    "joint-270m-ring": ("270m", 0, S("joint", 160, "joint", 160, (8, 6, 4, 3, 16))),
+    "joint-4b-512": ("4b", 5, S("joint", 512, "joint", 512, 8)),
+    "contextual-4b-1": ("4b", 5, S("contextual", 1, "contextual", 1)),
+    "contextual-12b-2": ("12b", 5, S("contextual", 2, "contextual", 2)),
+    "contextual-27b-2": ("27b", 5, S("contextual", 2, "contextual", 2)),
+    "contextual-27b-14": ("27b", 5, S("contextual", 14, "contextual", 14)),
+    "contextual-4b-1-8bit": ("4b", 5, S("contextual", 1, "contextual", 1, 8)),
+    "constant_a-4b": ("4b", 5, S("constant_a", 2, "constant_a", 2)),
+    "constant_b-4b": ("4b", 5, S("constant_b", 64, "constant_b", 64)),
+    "tucker-4b-mixed": ("4b", 5, S("tucker", 64, "tucker", 64, heads_k=2, heads_v=2)),
+    "tucker-4b": ("4b", 5, S("tucker", 128, "tucker", 128)),
+    "dense-contextual-4b": ("4b", 5, S("dense", 256, "contextual", 1)),
+    "latent-contextual-4b": ("4b", 5, S("latent", 64, "contextual", 1)),
+}
+
+
+def launches_of(
+    name: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16, batch: int = 1
+) -> list[Launch]:
+    size, index, spec = CASES[name]
+    config = SIZES[size]
+    attention = Attention(config, index) if spec is None else FactorizedAttention(config, index, spec)
+    attention = attention.to(dtype).requires_grad_(False)
+    slots = config.cached_tokens(index, CONTEXT)
+    stored = tuple(torch.zeros(batch, slots, *shape, dtype=own or dtype) for shape, own in attention.storage())
+    table = rotary_table(config, attention.kind, torch.arange(CONTEXT))
+    cached = CachedTokens(stored, torch.ones(batch, dtype=torch.int32), table)
+    queries = torch.zeros(batch, config.num_heads, config.head_dim, dtype=dtype)
+    plan = plan_of(attention, dtype, queries.device)
+    return prepare(attention, plan, queries, cached, tiles or default_tiles(plan, dtype))[1]
+
+
+def compile_launch(launch: Launch) -> dict:
+    """Compiles as a launch on the GPU would, pointers aligned to 16 bytes; returns what the program takes."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.arguments, strict=False)) | launch.options
+    signature, constants, hints = {}, {}, {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name], hints[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
+            signature[name] = tuple(TYPES[t.dtype] for t in value)
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+        elif launch.kernel.params[i].is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, int):  # no hints: the kernels specialize for none
+            signature[name] = "i32"
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(launch.kernel, signature, constants, hints)
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=TARGET, options=options)
+    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+    found = {"kernel": compiled.metadata.name, "seconds": round(time.perf_counter() - start, 1)}
+    return found | {
+        "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
+        "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
+        "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "asm": compiled.asm,
+    }  # fmt: skip
+
+
+def resources(ptx: str) -> dict:
+    """Returns registers a thread and bytes of spills, as ptxas reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(Path(folder) / "out")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return {"registers": int(registers[1]), "spilled": int(spills[1])}
+
+
+def main(names: list[str]) -> None:
+    tiles = None
+    if names and "=" in names[0]:
+        tiles = Tiles(**{k: int(v) for k, v in (item.split("=") for item in names.pop(0).split(","))})
+    for name in names or CASES:
+        for launch in launches_of(name, tiles)[:1]:
+            found = compile_launch(launch)
+            found.pop("asm")
+            print(json.dumps({"case": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

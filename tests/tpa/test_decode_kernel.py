@@ -1,0 +1,187 @@
+"""The decoding kernels against the reference: on the GPU if there is one, else in Triton's interpreter."""
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from decode_cases import FORMS, filled, layer, moved
+
+from tpa_train.tpa.decode import attend_cached
+from tpa_train.tpa.decode.reference import attend_reference
+from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.spec import LayerSpec
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (its wheels come with CUDA builds of PyTorch)", allow_module_level=True)
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and not in Triton's interpreter (conftest.py)", allow_module_level=True)
+
+from triton.runtime import interpreter  # noqa: E402
+
+from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
+from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
+from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
+DEVICE = "cuda" if CUDA else "cpu"
+SMALL = Tiles(tokens=16, largest=32, columns=16)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def bounds_of_loops(monkeypatch):
+    """Has the interpreter take the bounds of loops from its one-element arrays, which new versions of numpy refuse."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
+
+
+def _errors(attention, lengths, capacity, dtype, rows=None, tiles=SMALL, splits=None):
+    """Relative errors of the kernels and of the reference in ``dtype`` against the reference in float64."""
+    queries, cached, _ = filled(attention, lengths, capacity, dtype, rows)
+    exact = attend_reference(attention, queries.double(), moved(cached, "cpu", torch.float64))
+    queries, cached, ours = queries.to(DEVICE), moved(cached, DEVICE), copy.deepcopy(attention).to(DEVICE, dtype)
+    live = torch.tensor(lengths) > 0
+    found = []
+    for out in (attend_triton(ours, queries, cached, tiles, splits), attend_reference(ours, queries, cached)):
+        assert out.dtype == dtype and out.isfinite().all()
+        found.append(((out.cpu().double() - exact)[live].norm() / exact[live].norm()).item())
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_over_a_split_context(form):
+    """A full context whose last part has one token in it, and an idle row."""
+    error, _ = _errors(layer(2, FORMS[form]), [17, 0], 17, F32, splits=2)
+    assert error < 2e-6
+
+
+HALF = (
+    "dense 8+4, 3+16", "latent", "latent 6+16, 2+3", "joint", "contextual", "constant A", "tucker", "dense, tucker"
+)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", HALF)
+def test_half_precision_in_a_ring(form):
+    """Wrapped in the middle of a tile, in rows of another order; as exact as the reference, which unpacks the cache."""
+    dtype = F16 if form.startswith("dense") else BF16
+    error, reference = _errors(layer(2, FORMS[form], local=True), [37, 1], 40, dtype, rows=[2, 0], splits=1)
+    assert error < 1.5 * reference < 2e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "spec,groups,changes",
+    [
+        (LayerSpec("contextual", 1, "contextual", 1), 1, {}),
+        (LayerSpec("latent", 8, "latent", 8), 1, {"head_dim": 8, "num_heads": 16}),
+        (LayerSpec("constant_a", 5, "constant_a", 6), 8, {"head_dim": 8, "num_heads": 24}),
+        (LayerSpec("tucker", 8, "dense", 8, heads_k=2, form_o="tucker", rank_o=4), 4, {"head_dim": 8}),
+    ],
+)
+def test_other_numbers_of_heads(spec, groups, changes):
+    error, _ = _errors(layer(groups, spec, **changes), [20, 3], 20, F32, splits=2)
+    assert error < 2e-6
+
+
+@torch.no_grad()
+def test_factors_that_are_not_resident():
+    tiles = dataclasses.replace(SMALL, resident=0, columns=32)
+    assert _errors(layer(2, FORMS["joint"]), [18], 18, F32, tiles=tiles, splits=1)[0] < 2e-6
+
+
+@torch.no_grad()
+def test_a_view_of_the_first_slots():
+    """As a caller gives that knows the longest sequence; the grid stays that of the whole buffers."""
+    attention = layer(1, FORMS["latent"])
+    queries, cached, _ = filled(attention, [5, 18], 40, F32)
+    attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE)
+    view = dataclasses.replace(cached, stored=tuple(t[:, :18] for t in cached.stored))
+    assert obstacle(queries, view) is None
+    plan = plan_of(attention, F32, queries.device)
+    grids = [[x.grid for x in prepare(attention, plan, queries, c, SMALL)[1]] for c in (cached, view)]
+    assert grids[0] == grids[1] and grids[0][0] == (1, 3, 2)
+    out = attend_triton(attention, queries, view, SMALL)
+    torch.testing.assert_close(out, attend_reference(attention, queries, cached), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_constants_follow_the_parameters():
+    attention = layer(1, LayerSpec("latent", 9, "latent", 9)).float()
+    plan = plan_of(attention, F32, torch.device("cpu"))
+    assert plan_of(attention, F32, torch.device("cpu")) is plan
+    attention.keys.up.mul_(2)
+    changed = plan_of(attention, F32, torch.device("cpu"))
+    assert torch.equal(changed.up, 2 * plan.up)
+    attention.keys.center = torch.nn.Parameter(attention.keys.center + 1)
+    assert not torch.equal(plan_of(attention, F32, torch.device("cpu")).offset, changed.offset)
+
+
+@pytest.mark.parametrize("count,bits", [(49, 16), (8, 16), (256, 4), (160, (8, 4, 4, 3, 16)), (33, 2), (96, 6)])
+@pytest.mark.parametrize("largest", [32, 128])
+def test_pieces_cover_an_entry_once(count, bits, largest):
+    entry = Entry(2, count, bits)
+    found = pieces(entry, 3, largest)
+    columns = []
+    for i in range(0, len(found), 7):
+        tensor, width, size, first, block, column, padded = found[i : i + 7]
+        assert block & (block - 1) == 0 and block <= largest and padded % 16 == 0 and first % 16 == 0
+        assert width == 16 or first % 32 == block % 32 == 0
+        columns += range(column, column + min(block, size - first))
+    assert columns == list(range(count))
+
+
+@torch.no_grad()
+def test_the_door_leads_to_the_kernels(monkeypatch):
+    attention = layer(1, FORMS["contextual"], head_dim=8).to(DEVICE, F32)
+    queries, cached, _ = filled(attention.cpu().double(), [9], 9, F32)
+    attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE)
+    monkeypatch.setenv("TPA_DECODE", "triton")
+    out = attend_cached(attention, queries, cached)
+    torch.testing.assert_close(out, attend_cached(attention, queries, cached, "reference"), rtol=0, atol=1e-5)
+
+
+def test_kernels_compile_for_an_h100():
+    """A direct and a rebuilt form at real sizes, without a GPU: they fit a processor and use its matrix units."""
+    script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), "contextual-4b-1", "constant_b-4b"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt"]
+    for f in found:
+        assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and f["wgmma"] > 0
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["dense", "joint", "contextual"])
+def test_a_captured_step_follows_the_lengths(form, monkeypatch):
+    monkeypatch.setenv("TPA_DECODE_TUNE", "1")
+    attention = layer(2, FORMS[form])
+    queries, cached, _ = filled(attention, [300, 40], 300, BF16)
+    queries, cached, ours = queries.to(DEVICE), moved(cached, DEVICE), copy.deepcopy(attention).to(DEVICE, BF16)
+    attend_triton(ours, queries, cached)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend_triton(ours, queries, cached)
+    for lengths in ([300, 40], [1, 299], [128, 0]):
+        cached.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        live = torch.tensor(lengths) > 0
+        expected = attend_reference(ours, queries, cached)
+        torch.testing.assert_close(out[live], expected[live], rtol=0, atol=3e-2)

@@ -1,0 +1,162 @@
+"""Launches the decoding kernels: what they support, how the context is split, and which tile suits a shape.
+
+Grid and splits depend on shapes alone, so a step can be captured in a CUDA graph whose lengths change between replays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpa_train.gemma3.attention import Attention
+from tpa_train.tpa.decode import combine as joining
+from tpa_train.tpa.decode import kernel
+from tpa_train.tpa.decode.cached import CachedTokens
+from tpa_train.tpa.decode.plan import LEAST, LONGEST, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.decode.tuning import chosen, key_of
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+PROCESSORS = 132  # of an H100; where there is no device to ask
+LARGEST_OFFSET = 2**31 - 1  # numbers of one sequence in one buffer: offsets in it are 32-bit
+
+
+def obstacle(queries: Tensor, cached: CachedTokens) -> str | None:
+    """Returns why the kernels cannot serve this call, in a few words; None where they can."""
+    if queries.dtype not in DTYPES:
+        return f"queries are {queries.dtype}"
+    if not queries.is_cuda and not triton.knobs.runtime.interpret:
+        return f"queries are on {queries.device.type}"
+    if torch.is_grad_enabled() and queries.requires_grad:
+        return "queries need a gradient"
+    for stored in cached.stored:
+        if not stored[0].is_contiguous() or _pitch(stored) != _pitch(cached.stored[0]):
+            return "a buffer is not contiguous"
+        if stored[0].numel() > LARGEST_OFFSET:
+            return "a sequence's buffer has more than 2³¹ numbers"
+        if stored.dtype == torch.float64:
+            return "the cache is float64"
+    return None
+
+
+def attend_triton(
+    attention: Attention, queries: Tensor, cached: CachedTokens, tiles: Tiles | None = None, splits: int | None = None
+) -> Tensor:
+    """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. ``tiles`` and ``splits`` override what is chosen."""
+    plan = plan_of(attention, queries.dtype, queries.device)
+    tiles = tiles or _chosen(attention, plan, queries, cached)
+    out, launches = prepare(attention, plan, queries, cached, tiles, splits)
+    for launch in launches:
+        launch.run()
+    if plan.expand is None:
+        return out
+    # The values of a joint latent, once a step instead of once a token.
+    latents = out.unflatten(1, (attention.config.num_kv_heads, -1))
+    return torch.einsum("bgnr,gdr->bgnd", latents, plan.expand).flatten(1, 2)
+
+
+def _chosen(attention: Attention, plan: Plan, queries: Tensor, cached: CachedTokens) -> Tiles:
+    def key() -> tuple:
+        return key_of(
+            plan, len(queries), _pitch(cached.stored[0]), attention.config.num_heads, queries.dtype, queries.device
+        )
+
+    def run(tiles: Tiles) -> Callable[[], None]:
+        full = replace(cached, lengths=torch.full_like(cached.lengths, cached.slots))
+        launches = prepare(attention, plan, queries, full, tiles)[1]
+        return lambda: [launch.run() for launch in launches]
+
+    return chosen(plan, key, queries.dtype, run)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's grid, arguments and constants (by name, with its warps and stages)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+
+def prepare(
+    attention: Attention, plan: Plan, queries: Tensor, cached: CachedTokens, tiles: Tiles, splits: int | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """Returns the result [B, H, e or, of a joint latent, r] to be, and the launches that fill it."""
+    config, dtype = attention.config, queries.dtype
+    groups, heads, d = config.num_kv_heads, config.num_heads, config.head_dim
+    batch, repeats, half = len(queries), heads // groups, max(LEAST, power_of_two(d // 2))
+    queries = queries.contiguous()
+    grid = groups // plan.per_program
+    pitch = _pitch(cached.stored[0])  # the shape that decides: a view of the first slots only may grow with each step
+    if splits is None:
+        splits = tiles.splits(grid * batch, pitch, _processors(queries.device))
+    keys, values = plan.keys, plan.values
+    width = values.entry.count
+    out = queries.new_empty(batch, heads, width)
+    partial, lse = out, out  # not touched where there is one split
+    if splits > 1:
+        partial = queries.new_empty(batch, heads, splits, width, dtype=torch.float32)
+        lse = queries.new_empty(batch, heads, splits, dtype=torch.float32)
+    stored = tuple(t.view(torch.int32) if _is_scales(t) else t for t in cached.stored)
+    key_pieces = pieces(keys.entry, keys.first, tiles.largest)
+    nothing = cached.rotary[0]  # float32, not read
+    options: dict[str, Any] = {
+        "d": d, "E": width, "GROUPS": groups, "REPEATS": repeats,
+        "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
+        "VALUE_MODE": values.mode, "VALUE_ROWS": values.entry.rows, "VALUE_TENSOR": values.tensor,
+        "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
+        "HAS_ROWS": cached.rows is not None, "RING": cached.slots < cached.rotary[0].shape[0], "SPLIT": splits > 1,
+        "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    arguments = (
+        queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
+        nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
+    )  # fmt: skip
+    scale = config.scale * math.log2(math.e)
+    if plan.rebuilt:
+        up = plan.lay_out(key_pieces, half, dtype)
+        arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
+        options |= {
+            "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
+            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
+        }  # fmt: skip
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), kernel.attend_rebuilt
+    else:
+        options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
+    launches = [Launch(attend, (grid, splits, batch), arguments, options)]
+    if splits > 1:
+        columns = min(64, power_of_two(width))
+        options = {
+            "HEADS": heads, "E": width, "T": tiles.tokens, "BS": 32, "BE": columns, "DTYPE": DTYPES[dtype],
+            "num_warps": 4,
+        }  # fmt: skip
+        arguments = (partial, lse, out, cached.lengths, cached.slots, splits)
+        launches.append(Launch(joining.combine, (triton.cdiv(width, columns), batch * heads), arguments, options))
+    return out, launches
+
+
+def _pitch(stored: Tensor) -> int:
+    """Returns the tokens from one row of a buffer to the next: more than its slots where it is a view of the first."""
+    return stored.stride(0) // stored[0, 0].numel()
+
+
+def _is_scales(stored: Tensor) -> bool:
+    """Whether a buffer holds (scale, minimum) pairs: they have a dimension more than codes and numbers."""
+    return stored.dim() == 5
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS

@@ -1,0 +1,187 @@
+"""What the decoding kernels need to know of a layer: how its entries lie in memory, and its constants, made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.layers import rotary_table
+from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.quantization import GROUP
+
+OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel._weighted``
+UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
+LEAST = 16  # the smallest side of a matrix product
+LONGEST = 128  # tokens of the largest tile
+
+
+def power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is no less than ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def _blocks(count: int, largest: int, unit: int) -> list[tuple[int, int]]:
+    """Cuts ``count`` numbers into (start, block); blocks are powers of two, ``unit`` at least, and mostly filled."""
+    found, start = [], 0
+    while start < count:
+        left = count - start
+        block = max(unit, power_of_two(left))
+        if 4 * left <= 3 * block and block > unit:
+            block //= 2
+        block = min(block, largest)
+        found.append((start, block))
+        start += block
+    return found
+
+
+def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
+    """Returns ``kernel``'s PIECES of ``entry``, whose first tensor is the layer's ``tensor``-th.
+
+    ``largest``: numbers that are read at a time, a power of two, at least 32.
+    """
+    found: list[int] = []
+    padded = 0
+    for start, stop, bits in entry.segments:
+        for first, block in _blocks(stop - start, largest, LEAST if bits == 16 else GROUP):
+            found += [tensor, bits, stop - start, first, block, start + first, padded]
+            padded += block
+        tensor += 1 if bits == 16 else 2
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel._weighted``, of which ``weights`` are the
+    constants [rows, G] and ``tensor`` the index of the cached ones (−1: none)."""
+
+    entry: Entry
+    first: int  # of the entry's tensors, among all of the layer
+    mode: int = OWN
+    tensor: int = -1
+    weights: Tensor | None = None
+
+
+@dataclass
+class Plan:
+    """A layer's constants on its device. ``rebuilt`` says which of the two kernels; what follows it is for that one."""
+
+    keys: Rows
+    values: Rows
+    per_program: int  # KV heads
+    norm: int = -1  # tensor of the norms that scores take, −1 where there is none
+    expand: Tensor | None = None  # U_v [G, d, r] of a joint latent, for the result
+    rebuilt: bool = False
+    up: Tensor | None = None  # [G or 1, 2, d/2, r], float32, as ``lay_out`` takes it
+    offset: Tensor | None = None
+    gamma: Tensor | None = None
+    relative: Tensor | None = None
+    eps: float = 0.0
+    laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def lay_out(self, key_pieces: tuple[int, ...], half: int, dtype: torch.dtype) -> Tensor:
+        """Returns U as ``kernel.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
+        if key_pieces not in self.laid_out:
+            up = self.up.mT  # [G or 1, 2, r, d/2]
+            blocks = []
+            for i in range(0, len(key_pieces), 7):
+                _, _, count, first, block, column, _ = key_pieces[i : i + 7]
+                part = up[:, :, column : column + min(block, count - first)]
+                blocks.append(F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2])))
+            self.laid_out[key_pieces] = torch.cat(blocks, dim=2).to(dtype).contiguous()
+        return self.laid_out[key_pieces]
+
+
+_plans: WeakKeyDictionary[nn.Module, tuple[tuple, Plan]] = WeakKeyDictionary()
+
+
+def plan_of(attention: Attention, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Returns the layer's plan for operands of ``dtype``, made anew where a parameter has changed since the last time.
+
+    A CUDA graph keeps the constants that it was captured with.
+    """
+    state = tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version)
+        for part in (getattr(attention, "keys", None), getattr(attention, "values", None))
+        if part is not None
+        for p in _constants(part)
+    )
+    known = _plans.get(attention)
+    if known is None or known[0] != (dtype, device, state):
+        with torch.no_grad():
+            known = ((dtype, device, state), _build(attention, dtype, device))
+        _plans[attention] = known
+    return known[1]
+
+
+def _constants(part: nn.Module) -> list[Tensor]:
+    """The parameters of keys or values that a plan is made of."""
+    names = ("up", "center", "a_bias", "heads", "u_feat")
+    found = [getattr(part, name, None) for name in names]
+    norm = getattr(part, "norm", None)
+    return [p for p in (*found, None if norm is None else norm.weight) if p is not None]
+
+
+def _build(attention: Attention, dtype: torch.dtype, device: torch.device) -> Plan:
+    config = attention.config
+    groups, width = config.num_kv_heads, config.head_dim
+    spec = getattr(attention, "spec", None)
+    if spec is None:
+        dense = Entry(groups, width)
+        return Plan(Rows(dense, 0), Rows(dense, 1), 1)
+    first, firsts = 0, []
+    for entry in attention.entries:
+        firsts.append(first)
+        first += len(entry.storage())
+    count = attention.num_key_entries
+    key_entries = list(zip(attention.entries[:count], firsts[:count], strict=True))
+    value_entries = list(zip(attention.entries[count:], firsts[count:], strict=True))
+    plan = Plan(_rows(attention.keys, spec.form_k, key_entries), Rows(*key_entries[0]), 1)
+    if len(key_entries) > 1 and spec.form_k != "contextual":
+        plan.norm = key_entries[1][1]
+    if spec.form_k in ("latent", "constant_b", "joint", "tucker"):
+        _rebuild(plan, attention, spec.form_k, dtype, device)
+    if spec.form_v == "joint":
+        plan.expand = attention.values.up.detach().to(device, dtype)
+    else:
+        plan.values = _rows(attention.values, spec.form_v, value_entries)
+    # Rows that all KV heads share are read once where that is possible: a rebuilt key is one head's.
+    if not plan.rebuilt and OWN != max(plan.keys.mode, plan.values.mode):
+        plan.per_program = groups
+        plan.keys, plan.values = (replace(r, mode=r.mode or ONE_HOT) for r in (plan.keys, plan.values))
+    return plan
+
+
+def _rows(part: nn.Module, form: str, entries: list[tuple[Entry, int]]) -> Rows:
+    if form == "contextual":
+        return Rows(*entries[1], mode=CACHED, tensor=entries[0][1])
+    if form == "constant_a":
+        return Rows(*entries[0], mode=CONSTANT, weights=part.a_bias.detach().float() / part.rank)
+    if form == "tucker" and part.mixes_when_read:
+        return Rows(*entries[0], mode=CONSTANT, weights=part.heads.detach().float().mT.contiguous())
+    return Rows(*entries[0])
+
+
+def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Fills in what keys are rebuilt with: U c + k₀ with U and k₀ per head, and the rotation within a tile."""
+    keys, config = attention.keys, attention.config
+    width, pad = config.head_dim, max(LEAST, power_of_two(config.head_dim // 2)) - config.head_dim // 2
+    weight = 1.0 + keys.norm.weight.detach().float()
+    up = (keys.u_feat[None] if form == "tucker" else keys.up).detach().float()
+    center = keys.center.detach().float()
+    if form == "tucker" and keys.mixes_when_read:
+        center = keys.heads.detach().float() @ center
+    if form == "joint":
+        plan.gamma = F.pad(weight.unflatten(0, (2, -1)), (0, pad)).contiguous()
+    else:
+        up = weight[:, None] * up
+    offset = torch.einsum("gdr,gr->gd", up.expand(config.num_kv_heads, -1, -1), center.expand(config.num_kv_heads, -1))
+    plan.offset = F.pad(offset.unflatten(1, (2, -1)), (0, pad)).contiguous()
+    plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
+    table = rotary_table(config, attention.kind, torch.arange(LONGEST, device=device))
+    table = F.pad(torch.stack(table).squeeze(2), (0, pad))
+    plan.relative = table.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous()

@@ -1,0 +1,32 @@
+"""How a decoding kernel is cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of one launch.
+
+    ``tokens`` of a tile, ``warps`` and pipeline ``stages`` of a program, the ``largest`` block of numbers that is read
+    at a time, ``columns`` of each half of a key that are rebuilt at a time, ``programs`` a processor. A factor U of at
+    most ``resident`` KiB stays in shared memory; a larger one is read from the L2 cache for every tile.
+    """
+
+    tokens: int = 64
+    warps: int = 4
+    stages: int = 2
+    largest: int = 128
+    columns: int = 64
+    programs: int = 2
+    resident: int = 128
+
+    def splits(self, grid: int, slots: int, processors: int) -> int:
+        """Returns into how many parts each context is cut, ``grid`` being the programs without splits.
+
+        Enough to give every processor ``programs``, in whole waves; no more than there are tiles.
+        """
+        wanted = max(1, processors * self.programs // grid)
+        return min(wanted, max(1, math.ceil(slots / self.tokens)))

@@ -1,0 +1,98 @@
+"""Which tiles a shape runs with: a rule, or the fastest of a few that were measured when the shape was first seen.
+
+``TPA_DECODE_TUNE=1`` turns measuring on. It waits for the GPU, so it never happens while a CUDA graph is captured: run
+a step before. What was found is kept for the process; ``tuned`` shows it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+from tpa_train.tpa.decode.plan import OWN, UNROLLED, Plan, power_of_two
+from tpa_train.tpa.decode.tiles import Tiles
+
+VARIABLE = "TPA_DECODE_TUNE"
+SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
+WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
+
+tuned: dict[tuple, Tiles] = {}
+
+
+def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
+    """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them).
+
+    Two programs share a processor where their tiles allow it: what one of them waits for, the other does meanwhile.
+    """
+    if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
+        return Tiles(tokens=16, stages=1, largest=32, columns=16)
+    if plan.rebuilt:
+        tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
+        if size > tiles.resident:
+            return Tiles(stages=1, largest=64, columns=128)
+        # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
+        token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
+        pipelined = size + (tiles.stages * tiles.tokens * token >> 10)
+        return tiles if 2 * size > tiles.resident and pipelined <= SHARED else Tiles(stages=1)
+    # Of rows that are a loop of their own only one is in a tile.
+    rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
+    numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
+    return Tiles(tokens=64 if numbers <= 512 else 32 if numbers <= 1024 else 16)
+
+
+def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
+    """Returns the tiles to measure, the default first."""
+    first = default_tiles(plan, dtype)
+    if dtype == torch.float32:
+        return [first]
+    shapes = [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1), (128, 8, 2), (32, 4, 2), (32, 4, 3)]
+    found = [first]
+    if plan.rebuilt:
+        found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
+        found += [Tiles(64, 4, 1, programs=4), Tiles(64, 4, 2, largest=64), Tiles(128, 8, 1, resident=0)]
+        found += [Tiles(*shape, largest=64, columns=128) for shape in ((64, 4, 1), (64, 8, 1), (128, 8, 1))]
+    else:
+        found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
+        found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
+    return list(dict.fromkeys(found))
+
+
+def key_of(plan: Plan, batch: int, slots: int, heads: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Returns what tiles are chosen by: the form, the shapes, and the context to a power of two."""
+    sides = tuple((rows.entry, rows.mode) for rows in (plan.keys, plan.values))
+    return (sides, plan.rebuilt, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
+
+
+def chosen(
+    plan: Plan, key: Callable[[], tuple], dtype: torch.dtype, run: Callable[[Tiles], Callable[[], None]]
+) -> Tiles:
+    """Returns the tiles of a call.
+
+    Args:
+        plan: the layer's.
+        key: gives ``key_of`` the call.
+        dtype: of the operands.
+        run: prepares a call with given tiles, over a full cache, and returns what runs it.
+    """
+    if not tuned and not os.environ.get(VARIABLE):
+        return default_tiles(plan, dtype)
+    name = key()
+    if name not in tuned:
+        if not os.environ.get(VARIABLE) or torch.cuda.is_current_stream_capturing():
+            return default_tiles(plan, dtype)
+        tuned[name] = fastest(candidates(plan, dtype), run)
+    return tuned[name]
+
+
+def fastest(options: Sequence[Tiles], run: Callable[[Tiles], Callable[[], None]]) -> Tiles:
+    """Returns the fastest of ``options``; those that do not fit the device are passed over."""
+    times: dict[Tiles, float] = {}
+    for tiles in options:
+        try:
+            times[tiles] = triton.testing.do_bench(run(tiles), warmup=WARM_UP, rep=REPEATS, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+            continue
+    return min(times, key=times.__getitem__, default=options[0])
