@@ -24,8 +24,9 @@ def resume(run) -> int:
     return main([f"run_dir={run}", "resume=true"])
 
 
-@pytest.mark.parametrize("stage", ["layerwise", "distilled"])
-@pytest.mark.parametrize("step", [0, 4, STEPS - 1])
+@pytest.mark.parametrize(
+    "stage,step", [("layerwise", 0), ("layerwise", STEPS - 1), ("distilled", 4), ("distilled", STEPS - 1)]
+)
 def test_sigterm_in_a_recovery_stage(stage, step, finished, tiny, tmp_path, monkeypatch, capfd):
     run = tmp_path / "a run"
     with monkeypatch.context() as patch:

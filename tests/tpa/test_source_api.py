@@ -284,7 +284,8 @@ def test_the_model_needs_neither_lightning_nor_hydra():
 @torch.no_grad()
 @pytest.mark.real
 def test_the_example_on_the_real_model():
-    """Measured with the defaults: KL .14, top-1 .80, cache 1.39 times smaller; contextual in bfloat16: KL .0009."""
+    """Measured with the defaults: KL .14, top-1 .80, cache 1.39 times smaller; contextual in bfloat16: KL .0009 (here the
+    global layers only, which is quicker)."""
     try:
         find_default()
     except UserError as error:
@@ -304,7 +305,7 @@ def test_the_example_on_the_real_model():
         return float((reference.exp() * (reference - converted(ids).double().log_softmax(-1))).sum(-1).mean())
 
     with pytest.warns(UserWarning, match="with one KV head .* use the latent form"):
-        other.apply_contextual_tensor_decomposition()
+        other.apply_contextual_tensor_decomposition(layers=[5, 11, 17])
     assert kl(other) < 0.005
     reports = model.factorize_all_layers_with_shared_factors()
     assert len(reports) == 18 and dense_bytes / model.cache_bytes(32_768) > 1.2
