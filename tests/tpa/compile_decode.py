@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from tpa_train.gemma3.attention import Attention
@@ -122,8 +122,11 @@ def resources(ptx: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(Path(folder) / "out")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(Path(folder) / "out")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr or done.stdout)
+        report = done.stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return {"registers": int(registers[1]), "spilled": int(spills[1])}
