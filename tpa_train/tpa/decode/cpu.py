@@ -29,6 +29,7 @@ from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointValues, LatentKeys, LatentValues
 
 BLOCK = 1024  # tokens; their latents, in float32 and bfloat16, and their keys are 4 MB at rank 512
+TABLE = 1 << 21  # numbers in a table of cosines, up to which one of cos + i sin (16 MB) is kept beside it
 NARROW_WORK = 1 << 24  # multiplications of one layer's keys from which on bfloat16 pays
 _KEYS, _VALUES = (DenseKeys, LatentKeys, JointKeys), (DenseValues, LatentValues, JointValues)
 ALIGN = 32  # columns of a block are a multiple of this: rows that begin at a cache line's edge multiply faster
@@ -325,17 +326,21 @@ def _turned(query: Tensor, rotary: tuple[Tensor, Tensor], position: int) -> Tens
 
 
 def _angles(rotary: tuple[Tensor, Tensor], position: int, count: int) -> Tensor:
-    """Returns cos + i sin of ``count`` positions, [count, d/2]."""
-    cos, sin = (t[position : position + count, 0] for t in rotary)
-    return torch.complex(cos, sin)
+    """Returns cos + i sin of ``count`` positions, [count, d/2]; of a short context from a table that is kept."""
+    cos, sin = rotary
+    if cos.numel() <= TABLE:
+        return _table(rotary, len(cos))[position : position + count]
+    return torch.complex(cos[position : position + count, 0], sin[position : position + count, 0])
 
 
-_tables = WeakTensorKeyDictionary()
+_tables: dict[int, WeakTensorKeyDictionary] = {}
 
 
-def _table(rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns cos + i sin of the first ``BLOCK`` positions, made once for all layers that share them."""
-    table = _tables.get(rotary[0])
+def _table(rotary: tuple[Tensor, Tensor], count: int = BLOCK) -> Tensor:
+    """Returns cos + i sin of the first ``count`` positions, made once for all layers that share them."""
+    tables = _tables.setdefault(count, WeakTensorKeyDictionary())
+    table = tables.get(rotary[0])
     if table is None:
-        table = _tables[rotary[0]] = _angles(rotary, 0, BLOCK)
+        cos, sin = (t[:count, 0] for t in rotary)
+        table = tables[rotary[0]] = torch.complex(cos, sin)
     return table
