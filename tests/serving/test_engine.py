@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from types import FunctionType
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.serving import Engine
 from tpa_train.serving.decoder import STEPS_BEFORE_GRAPH, batch_sizes, fused
 from tpa_train.serving.slots import SlotCache
-from tpa_train.tpa import entries
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import cache_bytes
 
@@ -160,11 +158,9 @@ def test_fused_parts_are_put_back(student, monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    before = entries.quantize
     with torch.no_grad(), fused(student):
         inside = student(torch.tensor([[2, 3, 4]]))
-        student.layers[5].self_attn.pack(student.layers[5].self_attn.write(torch.zeros(1, 1, 24), None))
-    assert {type(part) for part in compiled} == {RMSNorm, MLP, FunctionType} and entries.quantize is before
+    assert {type(part) for part in compiled} == {RMSNorm, MLP}
     count = len(compiled)
     assert torch.equal(student(torch.tensor([[2, 3, 4]])), inside) and len(compiled) == count
 

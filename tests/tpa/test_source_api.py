@@ -284,8 +284,10 @@ def test_the_model_needs_neither_lightning_nor_hydra():
 @torch.no_grad()
 @pytest.mark.real
 def test_the_example_on_the_real_model():
-    """Measured with the defaults: KL .14, top-1 .80, cache 1.39 times smaller; contextual in bfloat16: KL .0009 (here the
-    global layers only, which is quicker)."""
+    """Measured with the defaults: KL .14, top-1 .80, cache 1.39 times smaller; contextual in bfloat16: KL .0009.
+
+    The contextual form is tried in the global layers only, which is quicker.
+    """
     try:
         find_default()
     except UserError as error:

@@ -64,7 +64,9 @@ class DecodeModelSettings:
     batches: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "sequences that decode at once; 0: as many as fit"}
     )
-    max_batch: int = field(default=512, metadata={"help": "the most that are tried where as many as fit are asked for"})
+    max_batch: int = field(
+        default=2048, metadata={"help": "the most that are tried where as many as fit are asked for"}
+    )
     steps: int = field(default=20, metadata={"help": "steps that are timed; the median counts"})
     warmup: int = field(
         default=STEPS_BEFORE_GRAPH + WARM_UP + 2, metadata={"help": "steps before those: graphs and compilation"}
@@ -211,6 +213,7 @@ def measure(settings: DecodeModelSettings, cell: Cell, contestant: Contestant) -
             if cell.asked_batch:
                 raise
             batch, decoding = int(batch * SHRINK), None
+        if not times:  # not above: an exception in hand holds the frames, and they the caches
             free_memory()
     if batch < 1:
         raise UserError(f"not one sequence of {context} tokens fits into memory.")

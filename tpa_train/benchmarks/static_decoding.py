@@ -6,6 +6,7 @@ import inspect
 
 import torch
 
+from tpa_train.benchmarks.journal import free_memory
 from tpa_train.benchmarks.train import to_transformers
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 
@@ -43,6 +44,8 @@ class StaticDecoding:
         from transformers import StaticCache
 
         self.device = next(model.parameters()).device
+        torch.compiler.reset()  # the graphs of an earlier batch keep their memory until they are forgotten
+        free_memory()
         self.cache = StaticCache(config=model.config, max_cache_len=context)
         self.argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
@@ -60,10 +63,9 @@ class StaticDecoding:
                 elif length is not None:
                     setattr(layer, name, held)
         self.position.fill_(held)
+        self._keep_counts()
         if compile:
-            torch.compiler.reset()
-            # As its own ``generate`` compiles: some layers count their tokens in a Python number, which must not be
-            # compiled for each of its values.
+            free_memory()  # what the plain step left: graphs have a pool of their own
             self.forward = torch.compile(model, mode="reduce-overhead")
 
     @property
@@ -77,3 +79,16 @@ class StaticDecoding:
         self.tokens = logits[:, -1:].argmax(-1)
         self.tokens.tolist()  # waits for the device
         self.position = self.position + 1
+        self._keep_counts()
+
+    def _keep_counts(self) -> None:
+        """Holds the lengths of full rings, which are the same at every length.
+
+        Some layers count their tokens in a Python number: one that grew would be compiled again, and then be a new CUDA
+        graph in every step.
+        """
+        for layer in self.cache.layers:
+            for name in ("cumulative_length", "cumulative_length_int"):
+                count = getattr(layer, name, None)
+                if isinstance(count, int):
+                    setattr(layer, name, min(count, layer.max_cache_len))

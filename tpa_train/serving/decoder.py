@@ -16,7 +16,6 @@ from torch import Tensor
 from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.serving.slots import SlotCache
-from tpa_train.tpa import entries
 
 STEPS_BEFORE_GRAPH = 4  # of a batch size, before it is worth recording: that takes about as long as four plain steps
 WARM_UP = 2  # runs on the side stream: kernels are compiled and tuned, and libraries take their memory
@@ -35,7 +34,7 @@ class Decoder:
         model: dense or converted.
         cache: of the same model.
         graphs: record CUDA graphs; None: where the cache is on a GPU. Elsewhere there are none.
-        fuse: record compiled norms, feed-forward blocks and packing of cache entries: fewer kernels, which each read
+        fuse: record compiled norms and feed-forward blocks: fewer kernels, which each read
             and write less, for the time that compiling takes when a batch size is recorded.
     """
 
@@ -131,22 +130,20 @@ class Decoder:
 
 @contextmanager
 def fused(model: Gemma3ForCausalLM) -> Iterator[None]:
-    """Inside the context norms and feed-forward blocks of ``model`` run compiled, and so does packing of entries.
+    """Inside the context norms and feed-forward blocks of ``model`` run compiled.
 
-    These are the parts that many layers share: each is compiled once for a shape. Attention has kernels of its own.
+    These are the parts that many layers share: each is compiled once for a shape. Attention has kernels of its own, and
+    entries are packed as they are everywhere: a compiler may leave out that scales are rounded before they are used.
     What was compiled is kept: recorded graphs run it.
     """
     from tpa_train.compilation import RECOMPILES
 
     parts = [part for part in model.modules() if isinstance(part, (RMSNorm, MLP))]
-    plain = entries.quantize
     try:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES):
             for part in parts:
                 vars(part)["forward"] = torch.compile(part.forward, dynamic=False)
-            entries.quantize = torch.compile(plain, dynamic=False)
             yield
     finally:
-        entries.quantize = plain
         for part in parts:
             vars(part).pop("forward", None)  # the class's own method shows again

@@ -126,7 +126,7 @@ class PackedPrompts:
                 for start, row, n in zip(self.starts, self.rows, self.lengths, strict=True)
                 for p in range(max(0, n - size), n)
             ]
-            self._places[size] = tuple(torch.tensor(places, device=self.cache.device).unbind(1))
+            self._places[size] = torch.tensor(places).to(self.cache.device, non_blocking=True).unbind(1)
         return self._places[size]
 
 
