@@ -38,7 +38,10 @@ def compiled(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
 @contextmanager
 def many_graphs() -> Iterator[None]:
     """Inside the context a function may have many compiled graphs, which are forgotten afterwards."""
-    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES)
+    # DDP would have graphs cut where its buckets end, which costs more than to reduce all gradients after them.
+    limits = torch._dynamo.config.patch(
+        recompile_limit=RECOMPILES, accumulated_recompile_limit=8 * RECOMPILES, optimize_ddp=False
+    )
     try:
         with limits:
             yield

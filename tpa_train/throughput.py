@@ -117,13 +117,14 @@ class Throughput(L.Callback):
         self._ends.append(time.perf_counter())
         if trainer.global_step % trainer.log_every_n_steps:
             return  # nothing is written, and to log a number is to wait for the device
-        pl_module.log("peak_gib", self.machine.peak_gib(), batch_size=rows)
+        # On the host: Lightning would copy numbers to the device and, for its bar, read them back after every step.
+        pl_module.log("peak_gib", torch.tensor(self.machine.peak_gib()), batch_size=rows)
         if len(self._ends) < 2:
             return
         batches = (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
         rate = batches * rows * context * trainer.world_size
-        pl_module.log("tokens_per_second", rate, prog_bar=True, batch_size=rows)
+        pl_module.log("tokens_per_second", torch.tensor(rate), prog_bar=True, batch_size=rows)
         if self.peak is not None:
             self._flops = self._flops or training_flops(pl_module, context)
             share = rate * self._flops / (self.peak * trainer.world_size)
-            pl_module.log("mfu", share, batch_size=rows)
+            pl_module.log("mfu", torch.tensor(share), batch_size=rows)

@@ -218,9 +218,11 @@ def make_trainer(
     if world_size() > 1:
         several = {
             "devices": settings.devices, "num_nodes": settings.num_nodes, "plugins": [cluster] if cluster else None,
-            "strategy": ShardedStrategy(world_size()) if sharded else DDPStrategy(gradient_as_bucket_view=True),
+            "strategy": ShardedStrategy(world_size()) if sharded else DDPStrategy(
+                gradient_as_bucket_view=True, broadcast_buffers=False  # buffers are constants
+            ),
         }  # fmt: skip
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator="gpu" if machine.device.type == "cuda" else "cpu",
         **several,
         precision="bf16-mixed" if machine.dtype == torch.bfloat16 else "32-true",
@@ -237,6 +239,11 @@ def make_trainer(
         default_root_dir=folder,
         num_sanity_val_steps=0,
     )
+    if world_size() > 1:
+        # Before every batch Lightning asks the first process for a SIGTERM, and waits for the device to know. Here
+        # signals reach every process (``launching``), and ``SaveAndStop`` has all agree.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 class StageBar(TQDMProgressBar):

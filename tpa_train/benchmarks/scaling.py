@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
+from tpa_train.benchmarks.journal import Journal
 from tpa_train.benchmarks.sizes import check_positive
 from tpa_train.cli import choose_device
 from tpa_train.compilation import stage_forwards
@@ -49,6 +50,10 @@ TINY = Gemma3Config(
 MODELS = {"tiny": TINY} | SIZES
 LARGE = ("4b", "12b", "27b")  # their activations at 8K context fill a device
 OUT_OF_MEMORY = 3  # exit status of a measuring process
+CELL = ("model", "strategy", "devices", "context", "batch_size", "compiled")
+FREE = (
+    "model", "devices", "strategies", "context", "batch_size", "compile", "steps", "warmup", "activation_checkpointing"
+)
 
 
 @dataclass
@@ -74,8 +79,10 @@ class ScalingSettings:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: an accelerator if there is one."})
 
 
-def run(settings: ScalingSettings) -> list[dict[str, Any]]:
-    """Returns one row a strategy; a strategy whose processes run out of memory gets a row that says so.
+def run(settings: ScalingSettings, journal: Journal | None = None) -> list[dict[str, Any]]:
+    """Measures the strategies that the journal has no row of; returns all of its rows.
+
+    A strategy whose processes run out of memory gets a row that says so.
 
     Raises:
         UserError: an option is at fault, or the measuring processes failed.
@@ -89,16 +96,28 @@ def run(settings: ScalingSettings) -> list[dict[str, Any]]:
     device = choose_device(settings.device)
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         raise UserError(f"devices={settings.devices}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
-    rows: list[dict[str, Any]] = []
+    journal = journal or Journal(None, lambda rows: {}, CELL)
     with tempfile.TemporaryDirectory() as folder:
         for strategy in dict.fromkeys(settings.strategies):
-            rows.append(_measured_apart(settings, strategy, device, Path(folder)))
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    alone = next((row["tokens_per_s"] for row in rows if row["strategy"] == "single" and "tokens_per_s" in row), None)
-    for row in rows:
-        if alone and "tokens_per_s" in row:
-            row["speedup"] = row["tokens_per_s"] / alone
-    return rows
+            cell = _cell(settings, strategy)
+            if journal.done(**cell):
+                continue
+            journal.add(_measured_apart(settings, strategy, device, Path(folder)) | cell)
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in journal.rows[-1].items()}, flush=True)
+    for row in journal.rows:
+        alone = {"strategy": "single", "devices": 1}
+        alone = next((r for r in journal.rows if journal.key(r) == journal.key(row | alone)), {})
+        if "tokens_per_s" in row and "tokens_per_s" in alone:
+            row["speedup"] = row["tokens_per_s"] / alone["tokens_per_s"]
+    return journal.rows
+
+
+def _cell(settings: ScalingSettings, strategy: str) -> dict[str, Any]:
+    return {
+        "model": f"{settings.model}-random", "strategy": strategy,
+        "devices": 1 if strategy == "single" else settings.devices, "context": settings.context,
+        "batch_size": settings.batch_size, "compiled": settings.compile,
+    }  # fmt: skip
 
 
 def _measured_apart(settings: ScalingSettings, strategy: str, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -108,7 +127,7 @@ def _measured_apart(settings: ScalingSettings, strategy: str, device: torch.devi
     task = {"settings": dataclasses.asdict(settings) | {"device": device.type}, "strategy": strategy, "out": str(out)}
     status = launch([sys.executable, "-m", __name__, json.dumps(task)], devices)
     if status == OUT_OF_MEMORY:
-        return {"strategy": strategy, "model": settings.model, "devices": devices, "result": "out of memory"}
+        return {"result": "out of memory"}
     if status:
         raise UserError(f"the processes that measure {strategy} ended with status {status}; see what they printed.")
     return json.loads(out.read_text())
@@ -153,9 +172,9 @@ def measure(settings: ScalingSettings, strategy: str) -> dict[str, Any]:
         trainer = make_trainer(machine, Path(folder), total, callbacks=[clock], sharded=sharded)
         trainer.fit(module, DataLoader(rows, batch_size=settings.batch_size))
     return {
-        "strategy": strategy, "model": f"{settings.model}-random", "devices": world_size(),
-        "context": settings.context, "rows": settings.batch_size * world_size(), "scope": settings.scope,
-        "dtype": str(machine.dtype).removeprefix("torch."), "compiled": options.compile,
+        **_cell(settings, strategy), "rows": settings.batch_size * world_size(), "steps": settings.steps,
+        "scope": settings.scope,
+        "dtype": str(machine.dtype).removeprefix("torch."),
         "activation_checkpointing": options.activation_checkpointing,
         "seconds_per_step": clock.seconds / settings.steps,
         "tokens_per_s": settings.steps * settings.batch_size * settings.context * world_size() / clock.seconds,

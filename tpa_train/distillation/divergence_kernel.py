@@ -386,14 +386,14 @@ class TritonDivergence:
 
     def __init__(
         self, student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor,
-        labels: Tensor | None, divergence: Divergence,
+        labels: Tensor | None, divergence: Divergence, exact: bool = True,
     ) -> None:  # fmt: skip
         self.divergence, self.labels, self.student = divergence, labels, student.float()
         self.coded = student_head.dtype != torch.float32 and teacher_head.dtype != torch.float32
         self.shared = student_head.data_ptr() == teacher_head.data_ptr()
         self.hidden_t, self.hidden_s = teacher.float(), self.student - teacher if self.shared else self.student
         self.head_t, self.head_s, self.unit, self.range = teacher_head, student_head, 1.0, 1.0
-        self.split = self.coded and torch.promote_types(student.dtype, teacher.dtype) == torch.float32
+        self.split = exact and self.coded and torch.promote_types(student.dtype, teacher.dtype) == torch.float32
         if self.coded:
             wide_t, wide_s = self.hidden_t, self.hidden_s
             self.hidden_t, scale_t = scaled_half(teacher, -1)

@@ -94,21 +94,23 @@ class TorchDivergence:
         total += gradient.to(dtype).T @ (self.student[part].to(self.wide) * weights[:, None]).to(dtype)
 
 
-def _chunked(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, *rest) -> ChunkedDivergence:
+def _chunked(
+    student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, labels, divergence, exact: bool
+) -> ChunkedDivergence:
     """Returns what computes the chunks on this device and in this precision."""
     wide = torch.promote_types(student_head.dtype, teacher_head.dtype).itemsize > 4
     if student.is_cuda and not wide and importlib.util.find_spec("triton") is not None:
         from tpa_train.distillation.divergence_kernel import TritonDivergence
 
-        return TritonDivergence(student, teacher, student_head, teacher_head, *rest)
-    return TorchDivergence(student, teacher, student_head, teacher_head, *rest)
+        return TritonDivergence(student, teacher, student_head, teacher_head, labels, divergence, exact)
+    return TorchDivergence(student, teacher, student_head, teacher_head, labels, divergence)
 
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, student_head, teacher_head, weights, labels, divergence):
+    def forward(ctx, student, teacher, student_head, teacher_head, weights, labels, divergence, exact):
         needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        chunked = _chunked(student, teacher, student_head, teacher_head, labels, divergence)
+        chunked = _chunked(student, teacher, student_head, teacher_head, labels, divergence, exact)
         grad_hidden = torch.empty_like(student, dtype=weights.dtype) if needs_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=weights.dtype) if needs_head else None
         per_token = torch.empty_like(weights)
@@ -129,7 +131,7 @@ class _LinearDivergence(torch.autograd.Function):
         hidden, head = ctx.saved_tensors
         hidden = None if hidden is None else (hidden * grad_loss).to(ctx.dtypes[0])
         head = None if head is None else (head * grad_loss).to(ctx.dtypes[1])
-        return hidden, None, head, None, None, None, None
+        return hidden, None, head, None, None, None, None, None
 
 
 def _gathered(head: Tensor) -> Tensor:
@@ -182,9 +184,11 @@ def linear_divergence(
     weights = weights.to(wide)
     normaliser = weights.sum() if normaliser is None else torch.as_tensor(normaliser, dtype=wide, device=student.device)
     weights = weights / normaliser.clamp_min(torch.finfo(wide).tiny)
+    # Under autocast hidden states come from half precision products: digits beyond float16's are noise by then.
+    exact = not torch.is_autocast_enabled(student.device.type)
     with torch.autocast(student.device.type, enabled=False):
         return _LinearDivergence.apply(
-            student, teacher.detach(), student_head, teacher_head, weights, labels, divergence
+            student, teacher.detach(), student_head, teacher_head, weights, labels, divergence, exact
         )
 
 

@@ -213,12 +213,17 @@ class RecoveryModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, metrics = self(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
-        several = world_size() > 1
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # other steps are not written
-            for name, value in metrics.items():
-                self.log(name, value, prog_bar=False, sync_dist=several)
-        self.log("loss", loss.detach(), prog_bar=True, sync_dist=several)
+            self._log_means(metrics | {"loss": loss.detach()})
         return self._weighted(loss)
+
+    def _log_means(self, values: dict[str, Tensor]) -> None:
+        """Logs means over processes, from the host: Lightning reads what its bar shows after every step, logged anew or
+        not, and to read from a device is to wait for it.
+        """
+        means = sum_over_processes(torch.stack(list(values.values()))) / world_size()
+        for name, value in zip(values, means.cpu(), strict=True):
+            self.log(name, value, prog_bar=name == "loss")
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns ``losses``; called as a module, so that sharded weights are gathered around it."""
