@@ -29,18 +29,25 @@ EMPTY = tl.constexpr(float("-inf"))
 @triton.jit
 def _weighted(
     x, j, stored, sequence, slot, valid, group, constants,
-    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr,
+    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Multiplies ``x`` [T, BH] by the weights of row ``j`` for every token and head.
 
     ONE_HOT: rows are KV heads. CACHED: [R, G] numbers of the token. CONSTANT: ``constants`` [rows, G].
+    WHOLE: the heads are those of all KV heads in turn, equally many each; their numbers are read as they lie, in words.
     """
     if MODE == 1:
         x = tl.where((group == j)[None, :], x, 0.0)
     elif MODE == 2:
         base = stored[TENSOR] + sequence * (ROWS * GROUPS) + j * GROUPS
-        at = (slot * (ROWS * GROUPS))[:, None] + group[None, :]
-        x = x * tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
+        if WHOLE:
+            at = (slot * (ROWS * GROUPS))[:, None] + tl.arange(0, GROUPS)[None, :]
+            w = tl.load(base + at, mask=valid[:, None], other=0.0)
+            w = tl.broadcast_to(w[:, :, None], (x.shape[0], GROUPS, x.shape[1] // GROUPS))
+            x = x * tl.reshape(w, (x.shape[0], x.shape[1])).to(tl.float32)
+        else:
+            at = (slot * (ROWS * GROUPS))[:, None] + group[None, :]
+            x = x * tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
     elif MODE == 3:
         x = x * tl.load(constants + j * GROUPS + group)[None, :]
     return x
@@ -72,7 +79,7 @@ def _add_row(
 def _add_values(
     accs, p, alpha, stored, sequence, slot, valid, group, row, constants,
     MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
-    DTYPE: tl.constexpr,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH]."""
     new = ()
@@ -82,11 +89,11 @@ def _add_values(
         new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, DTYPE)
     elif ROWS <= UNROLLED:
         for j in tl.static_range(ROWS):
-            w = _weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR)
+            w = _weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
             new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, DTYPE)
     else:
         for j in range(ROWS):
-            w = _weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR)
+            w = _weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
             new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, DTYPE)
     return new
 
@@ -192,9 +199,15 @@ def attend_direct(
             return
     row = tl.program_id(0) * PER_PROGRAM
     n = tl.arange(0, BH)
-    inside = n < PER_PROGRAM * REPEATS
-    group = row + tl.where(inside, n, 0) // REPEATS
-    head = row * REPEATS + n
+    WHOLE: tl.constexpr = PER_PROGRAM == GROUPS and GROUPS & (GROUPS - 1) == 0
+    if WHOLE:  # padded within every KV head
+        inside = n % (BH // GROUPS) < REPEATS
+        group = n // (BH // GROUPS)
+        head = group * REPEATS + n % (BH // GROUPS)
+    else:
+        inside = n < PER_PROGRAM * REPEATS
+        group = row + tl.where(inside, n, 0) // REPEATS
+        head = row * REPEATS + n
     qs = ()
     for i in tl.static_range(len(KEY_PIECES) // 7):
         qs = qs + (_query_piece(q + tl.program_id(2) * (GROUPS * REPEATS * d), head, inside, d, KEY_PIECES, i, DTYPE),)
@@ -214,20 +227,22 @@ def attend_direct(
                 for j in tl.static_range(KEY_ROWS):
                     x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, DTYPE)
                     s += _weighted(
-                        x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR
-                    )
+                        x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR,
+                        WHOLE,
+                    )  # fmt: skip
             else:
                 for j in range(KEY_ROWS):
                     x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, DTYPE)
                     s += _weighted(
-                        x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR
-                    )
+                        x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR,
+                        WHOLE,
+                    )  # fmt: skip
         if NORM >= 0:
-            s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM)
+            s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM, WHOLE)
         p, m, total, alpha = _softmax(s * scale, valid, m, total)
         accs = _add_values(
             accs, p, alpha, stored, sequence, slot, valid, group, row, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, DTYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, DTYPE,
         )  # fmt: skip
     _leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)
 
@@ -393,12 +408,12 @@ def attend_rebuilt(
         if HAS_RMS:
             s *= tl.rsqrt(square / d + eps)[:, None]
         if NORM >= 0:
-            s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM)
+            s = _weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM, False)
         p, m, total, alpha = _softmax(s * scale, valid, m, total)
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
         again = sequence + zero if WIDTH > 192 else sequence
         accs = _add_values(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, DTYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, DTYPE,
         )  # fmt: skip
     _leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)

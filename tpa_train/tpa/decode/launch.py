@@ -138,9 +138,10 @@ def prepare(
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
     launches = [Launch(attend, (grid, splits, batch), arguments, options)]
     if splits > 1:
-        columns = min(64, power_of_two(width))
+        parts = min(128, power_of_two(splits))  # at a time: what one thread waits for, all others load meanwhile
+        columns = min(4096 // parts, 64, power_of_two(width))
         options = {
-            "HEADS": heads, "E": width, "T": tiles.tokens, "BS": 32, "BE": columns, "DTYPE": DTYPES[dtype],
+            "HEADS": heads, "E": width, "T": tiles.tokens, "BS": parts, "BE": columns, "DTYPE": DTYPES[dtype],
             "num_warps": 4,
         }  # fmt: skip
         arguments = (partial, lse, out, cached.lengths, cached.slots, splits)

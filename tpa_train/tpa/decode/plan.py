@@ -92,8 +92,15 @@ class Plan:
                 _, _, count, first, block, column, _ = key_pieces[i : i + 7]
                 part = up[:, :, column : column + min(block, count - first)]
                 blocks.append(F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2])))
-            self.laid_out[key_pieces] = torch.cat(blocks, dim=2).to(dtype).contiguous()
+            laid_out = torch.cat(blocks, dim=2).to(dtype).contiguous()
+            if _recorded(laid_out.device):  # filled when the graph runs, not now
+                return laid_out
+            self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
+
+
+def _recorded(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _plans: WeakKeyDictionary[nn.Module, tuple[tuple, Plan]] = WeakKeyDictionary()
@@ -114,7 +121,8 @@ def plan_of(attention: Attention, dtype: torch.dtype, device: torch.device) -> P
     if known is None or known[0] != (dtype, device, state):
         with torch.no_grad():
             known = ((dtype, device, state), _build(attention, dtype, device))
-        _plans[attention] = known
+        if not _recorded(device):
+            _plans[attention] = known
     return known[1]
 
 
