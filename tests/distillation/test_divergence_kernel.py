@@ -10,7 +10,7 @@ from tpa_train.distillation.divergence import KINDS, Divergence
 from tpa_train.distillation.losses import TorchDivergence
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed (its wheels come with CUDA builds of PyTorch)", allow_module_level=True)
+    pytest.skip("Triton is not installed (the test extra has it for Linux on x86-64)", allow_module_level=True)
 CUDA = torch.cuda.is_available()
 
 from tpa_train.distillation import divergence_kernel  # noqa: E402

@@ -9,10 +9,8 @@ least direction of a head's values gives way, and the written file must still be
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from tpa_train.checkpoints.tokenizer_files import read_pieces
 from tpa_train.checkpoints.transformers_export import PREFIX, storage_dtype
 from tpa_train.checkpoints.weights import Checkpoint
 from tpa_train.errors import UserError
+from tpa_train.evaluation.atomic import replacing
 from tpa_train.gemma3.config import Gemma3Config, layer_pattern
 from tpa_train.gemma3.tokenizer import CONTROL, CONTROL_NAMES, TURN_NAMES, UNUSED, USER_DEFINED, Tokenizer
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of
@@ -101,7 +100,7 @@ def export_gguf(
     shapes = {name.removeprefix(PREFIX): shape for name, shape in dense_shapes(student, False).items()}
     for layer in biased:
         shapes[f"layers.{layer}.self_attn.{VALUE_BIAS}"] = torch.Size([config.num_kv_heads * config.head_dim])
-    with new_file(out) as partial:
+    with replacing(out, out.suffix) as partial:
         writer = GGUFWriter(partial, ARCHITECTURE)
         _add_description(writer, out.stem, stored)
         _add_architecture(writer, config)
@@ -191,24 +190,6 @@ def check_free_file(out: Path) -> None:
         raise UserError(f"out={out}: format=gguf writes one file; give it a name that ends in .gguf.")
     if out.exists():
         raise UserError(f"out={out} already exists; choose another name.")
-
-
-@contextmanager
-def new_file(out: Path) -> Iterator[Path]:
-    """Yields a temporary name beside ``out`` that becomes ``out`` if the block succeeds and is removed if not.
-
-    Raises:
-        UserError: ``out`` cannot be written.
-    """
-    partial = out.with_name(f".{out.stem}.{os.getpid()}.partial{out.suffix}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add_description(writer: GGUFWriter, name: str, dtype: torch.dtype) -> None:

@@ -11,14 +11,16 @@ from tpa_train.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Yields a temporary name in ``path``'s folder (made if need be) and renames it to ``path`` if the block succeeds.
+
+    ``suffix``: of the temporary name, for those who tell a file's kind by it.
 
     Raises:
         UserError: the folder or file cannot be written.
     """
     # The process number keeps ranks of one job, or two runs, from sharing the temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

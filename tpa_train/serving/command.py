@@ -13,7 +13,7 @@ from typing import Any
 
 from tpa_train.cli import parse
 from tpa_train.errors import UserError
-from tpa_train.tpa.command import DTYPES, open_model
+from tpa_train.tpa.command import ADAPTER, DEVICE, DTYPE, open_model
 
 GRACE = 20  # seconds that answers have to come to their end when the server is stopped
 
@@ -36,13 +36,9 @@ class ServeArgs:
     max_prompt: int | None = field(default=None, metadata={"help": "most tokens of a prompt; null: the context."})
     max_tokens: int | None = field(default=None, metadata={"help": "most tokens of an answer; null: the context."})
     queue: int = field(default=64, metadata={"help": "prompts that may wait for a place; more are refused (429)."})
-    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; null: an accelerator if there is one."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "of the weights and of unquantized cache entries; null: float32 on a CPU, else bfloat16.",
-                  "choices": tuple(DTYPES)},
-    )  # fmt: skip
+    adapter: str | None = field(**ADAPTER)
+    device: str | None = field(**DEVICE)
+    dtype: str | None = field(**DTYPE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

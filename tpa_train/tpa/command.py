@@ -20,6 +20,21 @@ from tpa_train.serving.sampling import Sampling, random_seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STDIN = "-"
 
+# Options of every command that decodes with one model (arguments of ``dataclasses.field``).
+ADAPTER: dict[str, Any] = {
+    "default": None, "metadata": {"help": "LoRA adapter to merge into an original checkpoint."},
+}  # fmt: skip
+DEVICE: dict[str, Any] = {
+    "default": None, "metadata": {"help": "cpu, cuda, …; null: an accelerator if there is one."},
+}  # fmt: skip
+DTYPE: dict[str, Any] = {
+    "default": None,
+    "metadata": {
+        "help": "of the weights and of unquantized cache entries; null: float32 on a CPU, else bfloat16.",
+        "choices": tuple(DTYPES),
+    },
+}
+
 
 @dataclass
 class GenerateArgs:
@@ -34,7 +49,7 @@ class GenerateArgs:
         "prompt says <start_of_image>, or before it."},
     )  # fmt: skip
     pan_and_scan: bool = field(default=False, metadata={"help": "show long images in crops as well."})
-    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to merge into an original checkpoint."})
+    adapter: str | None = field(**ADAPTER)
     chat: str = field(
         default="false",
         metadata={"help": "put the prompt into the model's chat template and let it answer; auto: if its checkpoint "
@@ -56,12 +71,8 @@ class GenerateArgs:
         default_factory=list, metadata={"help": "end before this text; repeat it for several of them."}
     )
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; null: an accelerator if there is one."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "of the weights and of unquantized cache entries; null: float32 on a CPU, else bfloat16.",
-                  "choices": tuple(DTYPES)},
-    )  # fmt: skip
+    device: str | None = field(**DEVICE)
+    dtype: str | None = field(**DTYPE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
