@@ -13,6 +13,8 @@ import pytest
 import torch
 from decode_cases import FORMS, filled, layer, moved
 
+from tpa_train.gemma3.config import SIZES
+from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode import attend_cached
 from tpa_train.tpa.decode.reference import attend_reference
 from tpa_train.tpa.entries import Entry
@@ -28,6 +30,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
 from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
+from tpa_train.tpa.decode.slow import slow_pairs  # noqa: E402
 from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
@@ -79,8 +82,39 @@ HALF = (
 def test_half_precision_in_a_ring(form):
     """Wrapped in the middle of a tile, in rows of another order; as exact as the reference, which unpacks the cache."""
     dtype = F16 if form.startswith("dense") else BF16
-    error, reference = _errors(layer(2, FORMS[form], local=True), [37, 1], 40, dtype, rows=[2, 0], splits=1)
+    tiles = dataclasses.replace(SMALL, tokens=32)
+    error, reference = _errors(layer(2, FORMS[form], local=True), [37, 1], 40, dtype, [2, 0], tiles, splits=1)
     assert error < 1.5 * reference < 2e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["latent 6+16, 2+3", "constant B, contextual", "tucker, whole"])
+@pytest.mark.parametrize("local", [False, True])
+def test_slow_pairs_are_not_rebuilt(form, local):
+    """Keys of which only the fast pairs exist, in a ring as well; heads padded within a product."""
+    attention = layer(2, FORMS[form], local, num_heads=6)
+    tiles = dataclasses.replace(SMALL, tokens=32, slow=True, resident=0 if local else 128)
+    queries, cached, _ = filled(attention, [37, 5], 40, F32)
+    plan = plan_of(attention, F32, torch.device("cpu"))
+    options = prepare(attention, plan, queries, cached, tiles)[1][0].options
+    assert options["SLOW"] and options["FAST"] == 16
+    error, _ = _errors(attention, [37, 5], 40, F32, tiles=tiles, splits=2)
+    assert error < 2e-6
+    error, reference = _errors(attention, [37, 5], 40, BF16, tiles=tiles, splits=2)
+    assert error < 2 * reference < 3e-2
+
+
+@pytest.mark.parametrize("size,index,fast", [("270m", 5, 32), ("4b", 5, 16), ("27b", 5, 16), ("4b", 0, 32)])
+def test_most_pairs_of_published_sizes_are_slow(size, index, fast):
+    config = SIZES[size]
+    table = rotary_table(config, config.layer_kinds[index], torch.arange(64))
+    cos, sin = (t.squeeze(1) for t in table)
+    half = config.head_dim // 2
+    found = slow_pairs((cos, sin), half, config.num_heads // config.num_kv_heads, config.head_dim // 4, BF16)
+    assert found.first == fast < half
+    for kind, exact in zip(found.bends, (cos, sin), strict=True):
+        assert (found.basis @ kind.T - exact)[:, fast:].abs().max() < 4e-4
+        assert not kind[:fast].any()
 
 
 @torch.no_grad()

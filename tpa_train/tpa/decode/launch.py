@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import combine as joining
-from tpa_train.tpa.decode import kernel
+from tpa_train.tpa.decode import kernel, rebuilt
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import LEAST, LONGEST, Plan, pieces, plan_of, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
@@ -124,15 +124,27 @@ def prepare(
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
         nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
     )  # fmt: skip
+    packed = not (keys.entry.exact and values.entry.exact)
+    if packed and tiles.tokens < 32 and dtype != torch.float32:
+        raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     if plan.rebuilt:
-        up = plan.lay_out(key_pieces, half, dtype)
-        arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
+        up, together = plan.lay_out(key_pieces, half, dtype), power_of_two(repeats)
+        split = None
+        if tiles.slow is None or tiles.slow:
+            split = plan.split_keys(tiles.tokens, together, half, up.shape[2], bool(tiles.slow))
+        fast, terms = (half, 1) if split is None else (split.first, split.terms)
+        arguments += (
+            up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary,
+            nothing if split is None else split.bends, nothing if split is None else split.basis,
+        )  # fmt: skip
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
-            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
+            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(fast, tiles.columns), "FAST": fast,
+            "SLOW": split is not None, "J": terms, "RH": options["BH"] if split is None else together,
+            "CENTERED": plan.centered,
         }  # fmt: skip
-        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), kernel.attend_rebuilt
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct

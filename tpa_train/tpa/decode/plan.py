@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from tpa_train.gemma3.attention import Attention
 from tpa_train.gemma3.layers import rotary_table
+from tpa_train.tpa.decode.slow import slow_pairs
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.quantization import GROUP
 
-OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel._weighted``
+OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel.weighted``
 UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
@@ -56,7 +57,7 @@ def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Rows:
-    """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel._weighted``, of which ``weights`` are the
+    """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel.weighted``, of which ``weights`` are the
     constants [rows, G] and ``tensor`` the index of the cached ones (−1: none)."""
 
     entry: Entry
@@ -80,11 +81,15 @@ class Plan:
     offset: Tensor | None = None
     gamma: Tensor | None = None
     relative: Tensor | None = None
+    turns: Tensor | None = None  # as ``relative``, of the pairs alone: float32 [2, LONGEST, d/2] on the CPU
+    dtype: torch.dtype = torch.float32
     eps: float = 0.0
+    centered: bool = True  # whether no key has an offset
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    split: dict[tuple, SplitKeys | None] = field(default_factory=dict)
 
     def lay_out(self, key_pieces: tuple[int, ...], half: int, dtype: torch.dtype) -> Tensor:
-        """Returns U as ``kernel.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
+        """Returns U as ``rebuilt.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
         if key_pieces not in self.laid_out:
             up = self.up.mT  # [G or 1, 2, r, d/2]
             blocks = []
@@ -97,6 +102,39 @@ class Plan:
                 return laid_out
             self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
+
+    def split_keys(self, tokens: int, heads: int, half: int, rank: int, always: bool) -> SplitKeys | None:
+        """Returns how keys are rebuilt without their slow pairs; None where they are rebuilt whole.
+
+        ``tokens``: of a tile; ``heads``: query heads of a KV head, a power of two; ``half``, ``rank``: padded.
+        """
+        key = (tokens, heads, half, rank, always)
+        if key not in self.split:
+            if _recorded(self.relative.device):
+                return None
+            found = None
+            if self.gamma is None:  # norms of whole keys need whole keys
+                found = slow_pairs(tuple(self.turns[:, :tokens]), half, heads, rank, self.dtype, always)
+            if found is not None:
+                kind, device = self.relative.dtype, self.relative.device
+                bends = F.pad(found.bends, (0, 0, 0, half - found.bends.shape[1]))
+                found = SplitKeys(
+                    found.first, found.terms,
+                    found.basis.repeat(1, heads).to(device, kind), bends.repeat(1, 1, heads).to(device, kind),
+                )  # fmt: skip
+            self.split[key] = found
+        return self.split[key]
+
+
+@dataclass(frozen=True)
+class SplitKeys:
+    """``slow.SlowPairs`` as a kernel reads them, a column for every head and term: basis [T, heads · J], bends
+    [2, HB, heads · J]."""
+
+    first: int
+    terms: int
+    basis: Tensor
+    bends: Tensor
 
 
 def _recorded(device: torch.device) -> bool:
@@ -190,6 +228,8 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     offset = torch.einsum("gdr,gr->gd", up.expand(config.num_kv_heads, -1, -1), center.expand(config.num_kv_heads, -1))
     plan.offset = F.pad(offset.unflatten(1, (2, -1)), (0, pad)).contiguous()
     plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
+    plan.dtype, plan.centered = dtype, not _recorded(device) and not plan.offset.any()
+    plan.turns = torch.stack(rotary_table(config, attention.kind, torch.arange(LONGEST))).squeeze(2)
     table = rotary_table(config, attention.kind, torch.arange(LONGEST, device=device))
     table = F.pad(torch.stack(table).squeeze(2), (0, pad))
     plan.relative = table.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous()

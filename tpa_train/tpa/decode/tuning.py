@@ -43,7 +43,8 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
     numbers += sum(r.entry.rows * plan.per_program for r in (plan.keys, plan.values) if r.mode == CACHED)
-    return Tiles(tokens=64 if numbers <= 544 else 32 if numbers <= 1088 else 16)
+    packed = not (plan.keys.entry.exact and plan.values.entry.exact)
+    return Tiles(tokens=64 if numbers <= 544 else 32 if numbers <= 1088 or packed else 16)
 
 
 def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
