@@ -25,6 +25,7 @@ from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import CachedTokens
+from tpa_train.tpa.decode.combine import combine
 from tpa_train.tpa.decode.launch import Launch, prepare
 from tpa_train.tpa.decode.plan import plan_of
 from tpa_train.tpa.decode.tiles import Tiles
@@ -141,7 +142,9 @@ def main(names: list[str]) -> None:
     if names and "=" in names[0]:
         tiles = Tiles(**{k: int(v) for k, v in (item.split("=") for item in names.pop(0).split(","))})
     for name in names or CASES:
-        for launch in launches_of(name, tiles)[:1]:
+        for launch in launches_of(name, tiles):
+            if launch.kernel is combine:
+                continue
             found = compile_launch(launch)
             found.pop("asm")
             print(json.dumps({"case": name, **found}), flush=True)

@@ -28,14 +28,15 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter  # noqa: E402
 
+from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
 from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
-from tpa_train.tpa.decode.slow import slow_pairs  # noqa: E402
 from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
+from tpa_train.tpa.decode.turning import turning  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
 DEVICE = "cuda" if CUDA else "cpu"
-SMALL = Tiles(tokens=16, largest=32, columns=16)
+SMALL = Tiles(tokens=16, largest=32, columns=16, absorbed=False)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -90,31 +91,36 @@ def test_half_precision_in_a_ring(form):
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["latent 6+16, 2+3", "constant B, contextual", "tucker, whole"])
 @pytest.mark.parametrize("local", [False, True])
-def test_slow_pairs_are_not_rebuilt(form, local):
-    """Keys of which only the fast pairs exist, in a ring as well; heads padded within a product."""
-    attention = layer(2, FORMS[form], local, num_heads=6)
-    tiles = dataclasses.replace(SMALL, tokens=32, slow=True, resident=0 if local else 128)
-    queries, cached, _ = filled(attention, [37, 5], 40, F32)
+def test_keys_that_are_never_built(form, local):
+    """U absorbed into the queries, of which a KV head has three; several spans, a ring, an offset of keys or none."""
+    attention, lengths = layer(2, FORMS[form], local, num_heads=6), [77 if local else 37, 5]
+    if local:
+        attention.keys.center.zero_()
+    tiles = dataclasses.replace(SMALL, tokens=32, absorbed=True)
+    queries, cached, _ = filled(attention, lengths, 77, F32)
     plan = plan_of(attention, F32, torch.device("cpu"))
-    options = prepare(attention, plan, queries, cached, tiles)[1][0].options
-    assert options["SLOW"] and options["FAST"] == 16
-    error, _ = _errors(attention, [37, 5], 40, F32, tiles=tiles, splits=2)
+    first, second, _ = prepare(attention, plan, queries, cached, tiles, 2)[1]
+    assert second.kernel is attend_absorbed and first.options["CENTERED"] == local
+    error, _ = _errors(attention, lengths, 77, F32, tiles=tiles, splits=2)
     assert error < 2e-6
-    error, reference = _errors(attention, [37, 5], 40, BF16, tiles=tiles, splits=2)
+    error, reference = _errors(attention, lengths, 77, BF16, tiles=tiles, splits=2)
     assert error < 2 * reference < 3e-2
 
 
-@pytest.mark.parametrize("size,index,fast", [("270m", 5, 32), ("4b", 5, 16), ("27b", 5, 16), ("4b", 0, 32)])
-def test_most_pairs_of_published_sizes_are_slow(size, index, fast):
+@pytest.mark.parametrize(
+    "size,index,shape", [("4b", 5, (256, 16)), ("27b", 5, (256, 16)), ("270m", 5, None), ("4b", 0, None)]
+)
+def test_what_terms_a_span_takes(size, index, shape):
+    """Scaled positions turn slowly enough; unscaled ones do not."""
     config = SIZES[size]
-    table = rotary_table(config, config.layer_kinds[index], torch.arange(64))
-    cos, sin = (t.squeeze(1) for t in table)
-    half = config.head_dim // 2
-    found = slow_pairs((cos, sin), half, config.num_heads // config.num_kv_heads, config.head_dim // 4, BF16)
-    assert found.first == fast < half
-    for kind, exact in zip(found.bends, (cos, sin), strict=True):
-        assert (found.basis @ kind.T - exact)[:, fast:].abs().max() < 4e-4
-        assert not kind[:fast].any()
+    cos, sin = (t.squeeze(1) for t in rotary_table(config, config.layer_kinds[index], torch.arange(512)))
+    heads = config.num_heads // config.num_kv_heads
+    found = turning((cos, sin), 64, heads, config.head_dim // 4, BF16)
+    assert (found and (found.span, found.terms)) == shape
+    if index:
+        found = turning((cos, sin), 64, heads, config.head_dim // 4, F32, always=True)
+        for bends, exact in zip(found.bends, (cos, sin), strict=True):
+            assert (found.basis @ bends - exact[: found.span]).abs().max() < 4e-7
 
 
 @torch.no_grad()
@@ -190,13 +196,13 @@ def test_the_door_leads_to_the_kernels(monkeypatch):
 
 
 def test_kernels_compile_for_an_h100():
-    """A direct and a rebuilt form at real sizes, without a GPU: they fit a processor and use its matrix units."""
+    """Every kernel at real sizes, without a GPU: they fit a processor and use its matrix units."""
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), "contextual-4b-1", "constant_b-4b"]
+    command = [sys.executable, str(script), "contextual-4b-1", "latent-4b-64", "latent-270m-64"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt"]
+    assert [f["kernel"] for f in found] == ["attend_direct", "absorb", "attend_absorbed", "attend_rebuilt"]
     for f in found:
         assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and f["wgmma"] > 0
 

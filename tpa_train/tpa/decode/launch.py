@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
+from tpa_train.tpa.decode import absorbed, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
-from tpa_train.tpa.decode import kernel, rebuilt
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import LEAST, LONGEST, Plan, pieces, plan_of, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
@@ -128,27 +128,46 @@ def prepare(
     if packed and tiles.tokens < 32 and dtype != torch.float32:
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
-    if plan.rebuilt:
-        up, together = plan.lay_out(key_pieces, half, dtype), power_of_two(repeats)
-        split = None
-        if tiles.slow is None or tiles.slow:
-            split = plan.split_keys(tiles.tokens, together, half, up.shape[2], bool(tiles.slow))
-        fast, terms = (half, 1) if split is None else (split.first, split.terms)
-        arguments += (
-            up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary,
-            nothing if split is None else split.bends, nothing if split is None else split.basis,
-        )  # fmt: skip
+    launches = []
+    together, found = power_of_two(repeats), None
+    if plan.rebuilt and (tiles.absorbed is None or tiles.absorbed):
+        found = plan.absorb(tiles.tokens, together, half, bool(tiles.absorbed))
+    if found is not None:
+        up, columns = plan.lay_out(key_pieces, half, dtype), together * found.terms
+        spans = -(-pitch // found.span)
+        w = queries.new_empty(batch, groups, spans, columns, up.shape[2])
+        bias = queries.new_empty(batch, groups, spans, columns, dtype=torch.float32)
+        shared = {
+            "J": found.terms, "RH": together, "S": found.span, "CENTERED": plan.centered, "WIDTH": up.shape[2],
+        }  # fmt: skip
+        block = max(1, 64 // found.terms)  # pairs of a span and a head that one program takes
+        launches.append(Launch(
+            absorbed.absorb, (triton.cdiv(spans * together, block), groups, batch),
+            (
+                queries, w, bias, cached.lengths, up, plan.offset, found.bends, *cached.rotary, cached.slots, spans,
+            ),
+            {
+                "d": d, "GROUPS": groups, "REPEATS": repeats, "OWN_UP": up.shape[0] > 1, "HB": half, "BP": block,
+                "BN": power_of_two(up.shape[2]), "BK": min(half, 32), "DTYPE": DTYPES[dtype], "num_warps": 4, **shared,
+            },
+        ))  # fmt: skip
+        options |= shared
+        arguments, attend = (
+            (*arguments, w, bias, found.basis, cached.slots, pitch, splits, scale, spans),
+            absorbed.attend_absorbed,
+        )
+    elif plan.rebuilt:
+        up = plan.lay_out(key_pieces, half, dtype)
+        arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
-            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(fast, tiles.columns), "FAST": fast,
-            "SLOW": split is not None, "J": terms, "RH": options["BH"] if split is None else together,
-            "CENTERED": plan.centered,
+            "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
-    launches = [Launch(attend, (grid, splits, batch), arguments, options)]
+    launches.append(Launch(attend, (grid, splits, batch), arguments, options))
     if splits > 1:
         parts = min(128, power_of_two(splits))  # at a time: what one thread waits for, all others load meanwhile
         columns = min(4096 // parts, 64, power_of_two(width))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tpa_train.gemma3.attention import Attention
 from tpa_train.gemma3.layers import rotary_table
-from tpa_train.tpa.decode.slow import slow_pairs
+from tpa_train.tpa.decode.turning import SPANS, turning
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.quantization import GROUP
 
@@ -69,7 +69,7 @@ class Rows:
 
 @dataclass
 class Plan:
-    """A layer's constants on its device. ``rebuilt`` says which of the two kernels; what follows it is for that one."""
+    """A layer's constants on its device. What follows ``rebuilt`` is for keys that are, or U absorbed into queries."""
 
     keys: Rows
     values: Rows
@@ -81,12 +81,12 @@ class Plan:
     offset: Tensor | None = None
     gamma: Tensor | None = None
     relative: Tensor | None = None
-    turns: Tensor | None = None  # as ``relative``, of the pairs alone: float32 [2, LONGEST, d/2] on the CPU
-    dtype: torch.dtype = torch.float32
     eps: float = 0.0
-    centered: bool = True  # whether no key has an offset
+    turns: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions in the longest span, [512, d/2]
+    dtype: torch.dtype = torch.float32
+    centered: bool = False  # whether no key has an offset
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    split: dict[tuple, SplitKeys | None] = field(default_factory=dict)
+    absorbed: dict[tuple, AbsorbedKeys | None] = field(default_factory=dict)
 
     def lay_out(self, key_pieces: tuple[int, ...], half: int, dtype: torch.dtype) -> Tensor:
         """Returns U as ``rebuilt.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
@@ -103,35 +103,34 @@ class Plan:
             self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
 
-    def split_keys(self, tokens: int, heads: int, half: int, rank: int, always: bool) -> SplitKeys | None:
-        """Returns how keys are rebuilt without their slow pairs; None where they are rebuilt whole.
+    def absorb(self, tokens: int, heads: int, half: int, always: bool) -> AbsorbedKeys | None:
+        """Returns how U goes into the queries; None where keys are rebuilt.
 
-        ``tokens``: of a tile; ``heads``: query heads of a KV head, a power of two; ``half``, ``rank``: padded.
+        ``tokens``: of a tile; ``heads``: query heads of a KV head, a power of two; ``half``: of a head, padded.
         """
-        key = (tokens, heads, half, rank, always)
-        if key not in self.split:
-            if _recorded(self.relative.device):
+        key = (tokens, heads, always)
+        if key not in self.absorbed:
+            device = self.relative.device
+            if _recorded(device):
                 return None
             found = None
-            if self.gamma is None:  # norms of whole keys need whole keys
-                found = slow_pairs(tuple(self.turns[:, :tokens]), half, heads, rank, self.dtype, always)
+            if self.gamma is None:  # norms of keys need keys
+                found = turning(self.turns, tokens, heads, self.up.shape[-1], self.dtype, always)
             if found is not None:
-                kind, device = self.relative.dtype, self.relative.device
-                bends = F.pad(found.bends, (0, 0, 0, half - found.bends.shape[1]))
-                found = SplitKeys(
-                    found.first, found.terms,
-                    found.basis.repeat(1, heads).to(device, kind), bends.repeat(1, 1, heads).to(device, kind),
+                kind = self.relative.dtype
+                found = AbsorbedKeys(
+                    found.span, found.terms, found.basis.to(device, kind).contiguous(),
+                    F.pad(found.bends, (0, half - found.bends.shape[-1])).to(device, kind),
                 )  # fmt: skip
-            self.split[key] = found
-        return self.split[key]
+            self.absorbed[key] = found
+        return self.absorbed[key]
 
 
 @dataclass(frozen=True)
-class SplitKeys:
-    """``slow.SlowPairs`` as a kernel reads them, a column for every head and term: basis [T, heads · J], bends
-    [2, HB, heads · J]."""
+class AbsorbedKeys:
+    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends [2, J, HB]."""
 
-    first: int
+    span: int
     terms: int
     basis: Tensor
     bends: Tensor
@@ -229,7 +228,7 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     plan.offset = F.pad(offset.unflatten(1, (2, -1)), (0, pad)).contiguous()
     plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
     plan.dtype, plan.centered = dtype, not _recorded(device) and not plan.offset.any()
-    plan.turns = torch.stack(rotary_table(config, attention.kind, torch.arange(LONGEST))).squeeze(2)
+    plan.turns = tuple(t.squeeze(1) for t in rotary_table(config, attention.kind, torch.arange(max(SPANS))))
     table = rotary_table(config, attention.kind, torch.arange(LONGEST, device=device))
     table = F.pad(torch.stack(table).squeeze(2), (0, pad))
     plan.relative = table.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous()

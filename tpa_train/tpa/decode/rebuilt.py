@@ -1,10 +1,7 @@
-"""The decoding kernel of latents, whose keys U c + k₀ exist at most as a tile [T, d].
+"""The decoding kernel of latents, whose keys U c + k₀ exist only as a tile [T, d].
 
 Their RoPE needs no table of the whole context: the query is rotated back by the position of the tile's first token, and
-a table of T relative positions serves every tile. With SLOW, only the first HIGH pairs of a key are rebuilt; the rest,
-which turn little within a tile, come as Σ_j φ_j(t) (W_j · c) with W_j = Uᵀ a_j made once a tile (module ``slow``).
-
-Shapes as in ``kernel``, and HB half a head, padded; J terms, BJ = J · the query heads of a KV head (RH, padded).
+a table of T relative positions serves every tile. Shapes as in ``kernel``, and HB half a head, padded.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ def _half_keys(
 
 
 @triton.jit
-def _latent(
+def latent(
     stored, sequence, slot, valid, row, mix, MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     PIECES: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +68,7 @@ def _keys_at_once(
     k2 = zeros(slot.shape[0], HB) + tl.load(offset + HB + column)[None, :]
     COUNT: tl.constexpr = len(PIECES) // 7
     for i in tl.static_range(COUNT):
-        c = _latent(stored, sequence, slot, valid, row, mix, MODE, ROWS, GROUPS, PIECES, i, DTYPE)
+        c = latent(stored, sequence, slot, valid, row, mix, MODE, ROWS, GROUPS, PIECES, i, DTYPE)
         if RESIDENT:
             k1 = dot(c, ups[i], k1, DTYPE)
             k2 = dot(c, ups[COUNT + i], k2, DTYPE)
@@ -81,66 +78,18 @@ def _keys_at_once(
     return k1, k2
 
 
-@triton.jit
-def slow_scores(
-    cs, ups, q1, q2, up, offset, bends, basis, cos, sin, position, d: tl.constexpr, FIRST: tl.constexpr,
-    J: tl.constexpr, RH: tl.constexpr, RESIDENT: tl.constexpr, CENTERED: tl.constexpr, PIECES: tl.constexpr,
-    WIDTH: tl.constexpr, HB: tl.constexpr, T: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Scores [T, RH] over the slow columns of a tile that begins at ``position``.
-
-    From the latents' pieces ``cs`` and both halves of the query, [HB, BJ], whose fast columns ``bends`` turns to zero.
-    Where U is RESIDENT, ``ups`` has its halves' pieces [BLOCK, HB] from FIRST on.
-    """
-    COUNT: tl.constexpr = len(PIECES) // 7
-    column = tl.arange(0, HB)
-    term = tl.arange(0, RH * J)
-    low = column < d // 2
-    base = position * (d // 2) + column
-    cb = tl.load(cos + base, mask=low, other=0.0)[:, None]
-    sb = tl.load(sin + base, mask=low, other=0.0)[:, None]
-    x1 = q1.to(tl.float32)
-    x2 = q2.to(tl.float32)
-    t1 = x1 * cb + x2 * sb
-    t2 = x2 * cb - x1 * sb
-    at = bends + column[:, None] * (RH * J) + term[None, :]
-    c = tl.load(at).to(tl.float32)
-    s = tl.load(at + HB * RH * J).to(tl.float32)
-    a1 = t1 * c + t2 * s
-    a2 = t2 * c - t1 * s
-    x = zeros(T, RH * J)
-    if not CENTERED:
-        o1 = tl.load(offset + column)[:, None]
-        o2 = tl.load(offset + HB + column)[:, None]
-        x += tl.sum(a1 * o1 + a2 * o2, 0)[None, :]
-    a1 = narrow(a1, DTYPE)
-    a2 = narrow(a2, DTYPE)
-    for i in tl.static_range(COUNT):
-        w = zeros(PIECES[7 * i + 4], RH * J)
-        if RESIDENT:
-            w = dot(ups[FIRST + i], a1, w, DTYPE)
-            w = dot(ups[FIRST + COUNT + i], a2, w, DTYPE)
-        else:
-            w = dot(_up_piece(up, column, PIECES, i, HB), a1, w, DTYPE)
-            w = dot(_up_piece(up + WIDTH * HB, column, PIECES, i, HB), a2, w, DTYPE)
-        x = dot(cs[i], narrow(w, DTYPE), x, DTYPE)
-    x *= tl.load(basis + tl.arange(0, T)[:, None] * (RH * J) + term[None, :]).to(tl.float32)
-    return tl.sum(tl.reshape(x, (T, RH, J)), 2)
-
-
 @triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_rebuilt(
     q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, up, offset, gamma, relative, cos, sin,
-    bends, basis, slots, pitch, splits, scale, eps,
+    slots, pitch, splits, scale, eps,
     d: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     OWN_UP: tl.constexpr, HAS_RMS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr, LONGEST: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    HB: tl.constexpr, HC: tl.constexpr, FAST: tl.constexpr, SLOW: tl.constexpr, J: tl.constexpr, RH: tl.constexpr,
-    CENTERED: tl.constexpr, DTYPE: tl.constexpr,
+    HB: tl.constexpr, HC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (G, splits, B); keys are rebuilt HC columns of each half at a time, FAST of them. As ``attend_direct``, and
+    """Grid (G, splits, B); keys are rebuilt HC columns of each half at a time. As ``attend_direct``, and
 
     Args (in memory):
         up: U (with 1 + w, where the latents are normalised) in both halves, [G or 1, 2, WIDTH, HB].
@@ -148,9 +97,7 @@ def attend_rebuilt(
         gamma: 1 + w, float32 [2, HB]; read with HAS_RMS, where keys are normalised here (``eps``).
         relative: cos and sin of the positions 0 … LONGEST − 1, [2, LONGEST, HB].
         cos, sin: of the positions that tokens have, float32 [capacity, d/2].
-        bends, basis: of ``plan.SplitKeys``; read with SLOW, where the other columns are J terms.
-    NORM: tensor of factors [1, G] of a token that its scores take, −1 without. Of BH heads, all RH are the program's.
-    CENTERED: ``offset`` is zero.
+    NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
     """
     begin, end, first, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
     if SPLIT:
@@ -158,9 +105,9 @@ def attend_rebuilt(
             return
     row = tl.program_id(0)
     n = tl.arange(0, BH)
-    inside = n < REPEATS  # the others: to fill a matrix product, copies of the first
+    inside = n < REPEATS
     group = row + 0 * n
-    head = row * REPEATS + n % RH
+    head = row * REPEATS + n
     if OWN_UP:
         up += row * (2 * WIDTH * HB)
     offset += row * (2 * HB)
@@ -168,28 +115,15 @@ def attend_rebuilt(
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     qs = ()  # both halves of HC columns, then of the next
     ups = ()
-    for b in tl.static_range(FAST // HC):
+    for b in tl.static_range(HB // HC):
         column = b * HC + tl.arange(0, HC)
-        keep = (column < d // 2)[:, None] & (n % RH < REPEATS)[None, :]
+        keep = (column < d // 2)[:, None] & inside[None, :]
         for part in tl.static_range(2):
             x = tl.load(at_q + (part * (d // 2) + column)[:, None], mask=keep, other=0.0)
             qs = qs + (x,)
             if RESIDENT:
                 for i in tl.static_range(COUNT):
                     ups = ups + (_up_piece(up + part * (WIDTH * HB), column, KEY_PIECES, i, HB),)
-    whole1 = 0.0
-    whole2 = 0.0
-    if SLOW:  # the query's everys once for every term, and U's in one block
-        every = tl.arange(0, HB)
-        own = tl.arange(0, RH * J) // J
-        keep = (every < d // 2)[:, None] & (own < REPEATS)[None, :]
-        at = q + ((tl.program_id(2) * GROUPS + row) * REPEATS + own)[None, :] * d + every[:, None]
-        whole1 = tl.load(at, mask=keep, other=0.0)
-        whole2 = tl.load(at + d // 2, mask=keep, other=0.0)
-        if RESIDENT:
-            for part in tl.static_range(2):
-                for i in tl.static_range(COUNT):
-                    ups = ups + (_up_piece(up + part * (WIDTH * HB), every, KEY_PIECES, i, HB),)
     at_table = relative + tl.arange(0, T)[:, None] * HB
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
@@ -201,7 +135,7 @@ def attend_rebuilt(
             slot = (first + slot) % slots
         cs = ()  # where the keys come in several blocks of columns, which all need the latents
         for i in tl.static_range(COUNT if HC < HB else 0):
-            c = _latent(
+            c = latent(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
             cs = cs + (c,)
@@ -211,7 +145,7 @@ def attend_rebuilt(
         shift = tl.multiple_of((tile - begin) % T, 4)
         s = tl.zeros((T, BH), tl.float32)
         square = tl.zeros((T,), tl.float32)
-        for b in tl.static_range(FAST // HC):
+        for b in tl.static_range(HB // HC):
             column = b * HC + tl.arange(0, HC)
             u, o = up + zero, offset + zero
             if HC < HB:
@@ -237,12 +171,6 @@ def attend_rebuilt(
             q2 = qs[2 * b + 1].to(tl.float32)
             s = dot(narrow(k1 * c1 - k2 * s1, DTYPE), narrow(q1 * cb + q2 * sb, DTYPE), s, DTYPE)
             s = dot(narrow(k2 * c1 + k1 * s1, DTYPE), narrow(q2 * cb - q1 * sb, DTYPE), s, DTYPE)
-        if SLOW:
-            rest = slow_scores(
-                cs, ups, whole1, whole2, up + zero, offset + zero, bends + zero, basis + zero, cos, sin, first + tile,
-                d, 2 * COUNT * (FAST // HC), J, RH, RESIDENT, CENTERED, KEY_PIECES, WIDTH, HB, T, DTYPE,
-            )  # fmt: skip
-            s += tl.reshape(tl.broadcast_to(rest[:, None, :], (T, BH // RH, RH)), (T, BH))
         if HAS_RMS:
             s *= tl.rsqrt(square / d + eps)[:, None]
         if NORM >= 0:

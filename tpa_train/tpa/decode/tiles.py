@@ -12,8 +12,8 @@ class Tiles:
 
     ``tokens`` of a tile, ``warps`` and pipeline ``stages`` of a program, the ``largest`` block of numbers that is read
     at a time, ``columns`` of each half of a key that are rebuilt at a time, ``programs`` a processor. A factor U of at
-    most ``resident`` KiB stays in shared memory; a larger one is read from the L2 cache for every tile. ``slow``:
-    whether keys are rebuilt without their slow pairs (module ``slow``); None: where that is less work.
+    most ``resident`` KiB stays in shared memory; a larger one is read from the L2 cache for every tile. ``absorbed``:
+    whether U goes into the queries instead of the keys; None: where that takes fewer products (module ``turning``).
 
     In half precision a tile of packed numbers has 32 tokens at least: of 16, Triton 3.6 computes wrong products.
     """
@@ -25,7 +25,7 @@ class Tiles:
     columns: int = 64
     programs: int = 2
     resident: int = 128
-    slow: bool | None = None
+    absorbed: bool | None = None
 
     def splits(self, grid: int, slots: int, processors: int) -> int:
         """Returns into how many parts each context is cut, ``grid`` being the programs without splits.
