@@ -116,7 +116,7 @@ def prepare(
         "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
         "VALUE_MODE": values.mode, "VALUE_ROWS": values.entry.rows, "VALUE_TENSOR": values.tensor,
         "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
-        "HAS_ROWS": cached.rows is not None, "RING": cached.slots < cached.rotary[0].shape[0], "SPLIT": splits > 1,
+        "HAS_ROWS": cached.rows is not None, "RING": _is_ring(cached), "SPLIT": splits > 1,
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -130,32 +130,33 @@ def prepare(
     scale = config.scale * math.log2(math.e)
     launches = []
     together, found = power_of_two(repeats), None
-    if plan.rebuilt and (tiles.absorbed is None or tiles.absorbed):
+    if plan.rebuilt and not _is_ring(cached) and (tiles.absorbed is None or tiles.absorbed):
         found = plan.absorb(tiles.tokens, together, half, bool(tiles.absorbed))
     if found is not None:
-        up, columns = plan.lay_out(key_pieces, half, dtype), together * found.terms
-        spans = -(-pitch // found.span)
-        w = queries.new_empty(batch, groups, spans, columns, up.shape[2])
-        bias = queries.new_empty(batch, groups, spans, columns, dtype=torch.float32)
-        shared = {
-            "J": found.terms, "RH": together, "S": found.span, "CENTERED": plan.centered, "WIDTH": up.shape[2],
-        }  # fmt: skip
-        block = max(1, 64 // found.terms)  # pairs of a span and a head that one program takes
+        up, spans = plan.lay_out(key_pieces, half, dtype), -(-pitch // found.span)
+        rank = up.shape[2]
+        both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
+        w = queries.new_empty(batch, heads, spans, found.terms, rank)
+        bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
+        shared = {"HB": half, "R": rank, "DTYPE": DTYPES[dtype]}
         launches.append(Launch(
-            absorbed.absorb, (triton.cdiv(spans * together, block), groups, batch),
-            (
-                queries, w, bias, cached.lengths, up, plan.offset, found.bends, *cached.rotary, cached.slots, spans,
-            ),
+            absorbed.lay_out_queries, (half // LEAST, heads, batch), (queries, both, along, up, plan.offset),
+            {"d": d, "GROUPS": groups, "REPEATS": repeats, "OWN_UP": up.shape[0] > 1, "BK": LEAST, "BR": 64, **shared},
+        ))  # fmt: skip
+        across = power_of_two(rank)
+        launches.append(Launch(
+            absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
+            (both, along, found.turns(cached.rotary, spans, dtype), w, bias, cached.lengths, spans),
             {
-                "d": d, "GROUPS": groups, "REPEATS": repeats, "OWN_UP": up.shape[0] > 1, "HB": half, "BP": block,
-                "BN": power_of_two(up.shape[2]), "BK": min(half, 32), "DTYPE": DTYPES[dtype], "num_warps": 4, **shared,
+                "J": found.terms, "S": found.span, "CENTERED": plan.centered, "BM": 128, "BN": across,
+                "BK": min(64, 2 * half), "num_warps": 4 if across <= 64 else 8, "num_stages": 3, **shared,
             },
         ))  # fmt: skip
-        options |= shared
-        arguments, attend = (
-            (*arguments, w, bias, found.basis, cached.slots, pitch, splits, scale, spans),
-            absorbed.attend_absorbed,
-        )
+        options = {k: v for k, v in options.items() if k not in ("d", "RING")} | {
+            "J": found.terms, "RH": together, "S": found.span, "CENTERED": plan.centered, "R": rank,
+        }  # fmt: skip
+        arguments = (*arguments[1:], w, bias, found.basis, cached.slots, pitch, splits, scale, spans)
+        attend = absorbed.attend_absorbed
     elif plan.rebuilt:
         up = plan.lay_out(key_pieces, half, dtype)
         arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
@@ -183,6 +184,10 @@ def prepare(
 def _pitch(stored: Tensor) -> int:
     """Returns the tokens from one row of a buffer to the next: more than its slots where it is a view of the first."""
     return stored.stride(0) // stored[0, 0].numel()
+
+
+def _is_ring(cached: CachedTokens) -> bool:
+    return _pitch(cached.stored[0]) < cached.rotary[0].shape[0]
 
 
 def _is_scales(stored: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.attention import Attention, RotaryTable
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode.turning import SPANS, turning
 from tpa_train.tpa.entries import Entry
@@ -117,23 +117,34 @@ class Plan:
             if self.gamma is None:  # norms of keys need keys
                 found = turning(self.turns, tokens, heads, self.up.shape[-1], self.dtype, always)
             if found is not None:
-                kind = self.relative.dtype
-                found = AbsorbedKeys(
-                    found.span, found.terms, found.basis.to(device, kind).contiguous(),
-                    F.pad(found.bends, (0, half - found.bends.shape[-1])).to(device, kind),
-                )  # fmt: skip
+                bends = F.pad(found.bends, (0, half - found.bends.shape[-1])).to(device, torch.float32)
+                basis = found.basis.to(device, self.relative.dtype).contiguous()
+                found = AbsorbedKeys(found.span, found.terms, basis, bends)
             self.absorbed[key] = found
         return self.absorbed[key]
 
 
 @dataclass(frozen=True)
 class AbsorbedKeys:
-    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends [2, J, HB]."""
+    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends float32 [2, J, HB]."""
 
     span: int
     terms: int
     basis: Tensor
     bends: Tensor
+    made: dict[int, Tensor] = field(default_factory=dict)
+
+    def turns(self, rotary: RotaryTable, spans: int, dtype: torch.dtype) -> Tensor:
+        """Returns X = cos(θ p) C − sin(θ p) S and Y = sin(θ p) C + cos(θ p) S of every span's start p, [N, J, 2 HB]."""
+        if spans in self.made:
+            return self.made[spans]
+        pad = self.bends.shape[-1] - rotary[0].shape[-1]
+        cos, sin = (F.pad(t[:: self.span][:spans], (0, pad)) for t in rotary)
+        bent, rest = self.bends
+        turns = torch.cat((cos * bent - sin * rest, sin * bent + cos * rest), dim=-1).to(dtype).contiguous()
+        if not _recorded(turns.device):  # else filled when the graph runs, not now
+            self.made[spans] = turns
+        return turns
 
 
 def _recorded(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax, weighted
+from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax
 from tpa_train.tpa.decode.unpacking import dot, load_piece, narrow, operand, zeros
 
 
@@ -33,6 +33,18 @@ def _half_keys(
         else:
             k = dot(cs[i], _up_piece(up, column, PIECES, i, HB), k, DTYPE)
     return k
+
+
+@triton.jit
+def norms(stored, sequence, slot, valid, group, GROUPS: tl.constexpr, NORM: tl.constexpr):
+    """The factors [T] of the scores of one KV head, from tensor NORM; not read where that is −1.
+
+    Too small and too far apart to be loaded ahead by the compiler: a tile's are read while the one before is computed.
+    """
+    x = tl.zeros((slot.shape[0],), tl.float32)
+    if NORM >= 0:
+        x = tl.load(stored[NORM] + (sequence + slot) * GROUPS + group, mask=valid, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -128,9 +140,13 @@ def attend_rebuilt(
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
     accs = no_values(VALUE_PIECES, BH)
+    at = begin + tl.arange(0, T)
+    factor = norms(stored, sequence, (first + at) % slots if RING else at, at < end, row, GROUPS, NORM)
     for tile in range(begin, end, T):
         slot = tile + tl.arange(0, T)
         valid = slot < end
+        at = slot + T
+        following = norms(stored, sequence, (first + at) % slots if RING else at, at < end, row, GROUPS, NORM)
         if RING:
             slot = (first + slot) % slots
         cs = ()  # where the keys come in several blocks of columns, which all need the latents
@@ -174,7 +190,7 @@ def attend_rebuilt(
         if HAS_RMS:
             s *= tl.rsqrt(square / d + eps)[:, None]
         if NORM >= 0:
-            s = weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM, False)
+            s *= factor[:, None]
         p, m, total, alpha = softmax(s * scale, valid, m, total)
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
         again = sequence + zero if WIDTH > 192 else sequence
@@ -182,4 +198,5 @@ def attend_rebuilt(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, DTYPE,
         )  # fmt: skip
+        factor = following
     leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)
