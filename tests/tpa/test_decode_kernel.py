@@ -28,6 +28,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime import interpreter  # noqa: E402
 
+from tpa_train.tpa.decode import launch  # noqa: E402
 from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
 from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
@@ -108,6 +109,20 @@ def test_keys_that_are_never_built(form, theta):
     assert error < 2e-6
     error, reference = _errors(attention, lengths, capacity, BF16, tiles=tiles, splits=2)
     assert error < 2 * reference < 3e-2
+
+
+@torch.no_grad()
+def test_a_batch_in_parts_whose_vectors_fit_memory(monkeypatch):
+    attention = layer(2, FORMS["latent"])
+    queries, cached, _ = filled(attention, [18, 7, 1], 20, F32, rows=[2, 0, 1])
+    tiles = dataclasses.replace(SMALL, absorbed=True)
+    attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE)
+    whole = attend_triton(attention, queries, cached, tiles)
+    monkeypatch.setattr(launch, "GROUP_BYTES", 8000)  # of two sequences
+    calls = []
+    monkeypatch.setattr(launch, "prepare", lambda *args: calls.append(len(args[2])) or prepare(*args))
+    assert torch.equal(attend_triton(attention, queries, cached, tiles), whole)
+    assert calls == [2, 1]
 
 
 @pytest.mark.parametrize(

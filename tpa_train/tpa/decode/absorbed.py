@@ -5,8 +5,8 @@ attention (DeepSeek-V2, arXiv:2405.04434, §2.1.2), although RoPE comes between 
 2. ``absorb``: W = X P + Y Q, J vectors for every span of S tokens; X and Y are constants of the span;
 3. ``attend_absorbed`` reads latents and W: score(t) = Σ_j φ_j(t) (W_j · c_t + a_j · k₀); values as in every kernel.
 
-Shapes as in ``kernel``, and HB half a head, padded; RH query heads of a KV head, padded; BJ = RH · J; N spans; R numbers
-of a latent with its padding. No buffer is a ring: spans begin at multiples of S.
+Shapes as in ``kernel``, and HB half a head, padded; RH query heads of a KV head, padded; BJ = RH · J; N spans; R
+numbers of a latent with its padding. No buffer is a ring: spans begin at multiples of S.
 """
 
 from __future__ import annotations

@@ -33,6 +33,13 @@ class CachedTokens:
     def slots(self) -> int:
         return self.stored[0].shape[1]
 
+    def part(self, start: int, count: int) -> CachedTokens:
+        """Returns the sequences ``start`` … ``start + count`` alone, without a copy of what they have cached."""
+        part, stored, rows = slice(start, start + count), self.stored, self.rows
+        if rows is None:
+            stored = tuple(t[part] for t in stored)
+        return CachedTokens(stored, self.lengths[part], self.rotary, None if rows is None else rows[part])
+
     def positions(self) -> tuple[Tensor, Tensor]:
         """Returns the position in every slot, int64 [B, slots] (0 where empty), and which hold one, bool [B, slots]."""
         slot = torch.arange(self.slots, device=self.lengths.device)[None]

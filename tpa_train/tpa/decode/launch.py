@@ -19,7 +19,8 @@ from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import absorbed, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
-from tpa_train.tpa.decode.plan import LEAST, LONGEST, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import chosen, key_of
 
@@ -52,6 +53,15 @@ def attend_triton(
     """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. ``tiles`` and ``splits`` override what is chosen."""
     plan = plan_of(attention, queries.dtype, queries.device)
     tiles = tiles or _chosen(attention, plan, queries, cached)
+    if found := _absorbed_keys(plan, cached, tiles):
+        spans = -(-_pitch(cached.stored[0]) // found.span)
+        each = queries[0].numel() // queries.shape[-1] * spans * found.terms * plan.up.shape[-1] * queries.itemsize
+        size = max(1, GROUP_BYTES // each)  # of W, which is in memory for all sequences of a launch
+        if size < len(queries):
+            starts = range(0, len(queries), size)
+            return torch.cat([
+                attend_triton(attention, queries[i : i + size], cached.part(i, size), tiles, splits) for i in starts
+            ])  # fmt: skip
     out, launches = prepare(attention, plan, queries, cached, tiles, splits)
     for launch in launches:
         launch.run()
@@ -129,9 +139,7 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches = []
-    together, found = power_of_two(repeats), None
-    if plan.rebuilt and not _is_ring(cached) and (tiles.absorbed is None or tiles.absorbed):
-        found = plan.absorb(tiles.tokens, together, half, bool(tiles.absorbed))
+    found = _absorbed_keys(plan, cached, tiles)
     if found is not None:
         up, spans = plan.lay_out(key_pieces, half, dtype), -(-pitch // found.span)
         rank = up.shape[2]
@@ -153,7 +161,7 @@ def prepare(
             },
         ))  # fmt: skip
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | {
-            "J": found.terms, "RH": together, "S": found.span, "CENTERED": plan.centered, "R": rank,
+            "J": found.terms, "RH": plan.heads, "S": found.span, "CENTERED": plan.centered, "R": rank,
         }  # fmt: skip
         arguments = (*arguments[1:], w, bias, found.basis, cached.slots, pitch, splits, scale, spans)
         attend = absorbed.attend_absorbed
@@ -184,6 +192,13 @@ def prepare(
 def _pitch(stored: Tensor) -> int:
     """Returns the tokens from one row of a buffer to the next: more than its slots where it is a view of the first."""
     return stored.stride(0) // stored[0, 0].numel()
+
+
+def _absorbed_keys(plan: Plan, cached: CachedTokens, tiles: Tiles) -> AbsorbedKeys | None:
+    """Returns how U goes into the queries, None where it does not: spans of a ring begin anywhere."""
+    if not plan.rebuilt or _is_ring(cached) or tiles.absorbed is False:
+        return None
+    return plan.absorb(tiles.tokens, tiles.absorbed is True)
 
 
 def _is_ring(cached: CachedTokens) -> bool:

@@ -83,6 +83,7 @@ class Plan:
     relative: Tensor | None = None
     eps: float = 0.0
     turns: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions in the longest span, [512, d/2]
+    heads: int = 1  # query heads of a KV head, with padding
     dtype: torch.dtype = torch.float32
     centered: bool = False  # whether no key has an offset
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -103,21 +104,19 @@ class Plan:
             self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
 
-    def absorb(self, tokens: int, heads: int, half: int, always: bool) -> AbsorbedKeys | None:
-        """Returns how U goes into the queries; None where keys are rebuilt.
-
-        ``tokens``: of a tile; ``heads``: query heads of a KV head, a power of two; ``half``: of a head, padded.
-        """
-        key = (tokens, heads, always)
+    def absorb(self, tokens: int, always: bool = False) -> AbsorbedKeys | None:
+        """Returns how U goes into the queries of tiles of ``tokens``; None where keys are rebuilt."""
+        key = (tokens, always)
         if key not in self.absorbed:
             device = self.relative.device
             if _recorded(device):
                 return None
             found = None
             if self.gamma is None:  # norms of keys need keys
-                found = turning(self.turns, tokens, heads, self.up.shape[-1], self.dtype, always)
+                found = turning(self.turns, tokens, self.heads, self.up.shape[-1], self.dtype, always)
             if found is not None:
-                bends = F.pad(found.bends, (0, half - found.bends.shape[-1])).to(device, torch.float32)
+                pad = self.relative.shape[-1] - found.bends.shape[-1]
+                bends = F.pad(found.bends, (0, pad)).to(device, torch.float32)
                 basis = found.basis.to(device, self.relative.dtype).contiguous()
                 found = AbsorbedKeys(found.span, found.terms, basis, bends)
             self.absorbed[key] = found
@@ -238,6 +237,7 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     offset = torch.einsum("gdr,gr->gd", up.expand(config.num_kv_heads, -1, -1), center.expand(config.num_kv_heads, -1))
     plan.offset = F.pad(offset.unflatten(1, (2, -1)), (0, pad)).contiguous()
     plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
+    plan.heads = power_of_two(config.num_heads // config.num_kv_heads)
     plan.dtype, plan.centered = dtype, not _recorded(device) and not plan.offset.any()
     plan.turns = tuple(t.squeeze(1) for t in rotary_table(config, attention.kind, torch.arange(max(SPANS))))
     table = rotary_table(config, attention.kind, torch.arange(LONGEST, device=device))

@@ -16,9 +16,7 @@ def attend_reference(attention: Attention, queries: Tensor, cached: CachedTokens
     """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]."""
     size = max(1, GROUP_BYTES // (cached.slots * expanded_bytes(attention, queries.dtype)))
     if size < len(queries):
-        parts = [
-            _attend(attention, queries[i : i + size], _rows_from(cached, i, size)) for i in range(0, len(queries), size)
-        ]
+        parts = [_attend(attention, queries[i : i + size], cached.part(i, size)) for i in range(0, len(queries), size)]
         return torch.cat(parts)
     return _attend(attention, queries, cached)
 
@@ -33,13 +31,6 @@ def expanded_bytes(attention: Attention, dtype: torch.dtype) -> int:
         packed = sum(entry.rows * entry.count for entry in entries if not entry.exact)
     # Codes are unpacked in 64-bit words and become float32; keys are rotated in the accumulation type.
     return 3 * narrow * exact + 28 * packed + dense * (4 * narrow + 5 * wide)
-
-
-def _rows_from(cached: CachedTokens, start: int, count: int) -> CachedTokens:
-    part, stored, rows = slice(start, start + count), cached.stored, cached.rows
-    if rows is None:
-        stored = tuple(t[part] for t in stored)
-    return CachedTokens(stored, cached.lengths[part], cached.rotary, None if rows is None else rows[part])
 
 
 def _attend(attention: Attention, queries: Tensor, cached: CachedTokens) -> Tensor:

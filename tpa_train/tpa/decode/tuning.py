@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -31,13 +32,15 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
         tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
+        if plan.absorb(tiles.tokens):  # few registers, little in shared memory
+            return Tiles(programs=4)
         if size > tiles.resident:
             return Tiles(stages=1, largest=64, columns=128)
         # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
         token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
         pipelined = size + (tiles.stages * tiles.tokens * token >> 10)
-        if pipelined <= 64:  # with the rotation, which is loaded ahead as well, two programs fit: of few registers
-            return Tiles(columns=32)
+        if pipelined <= 64:  # with the rotation, which is loaded ahead as well, two programs fit
+            return Tiles(columns=128)
         return tiles if 2 * size > tiles.resident and pipelined <= SHARED else Tiles(stages=1)
     # Of rows that are a loop of their own only one is in a tile.
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
@@ -58,6 +61,9 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
         found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
         found += [Tiles(64, 4, 1, programs=4), Tiles(64, 4, 2, largest=64), Tiles(128, 8, 1, resident=0)]
         found += [Tiles(*shape, largest=64, columns=128) for shape in ((64, 4, 1), (64, 8, 1), (128, 8, 1))]
+        if plan.absorb(first.tokens):
+            found = [first, *(replace(tiles, absorbed=False) for tiles in found)]
+            found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
     else:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
