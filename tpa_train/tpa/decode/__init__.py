@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
-from tpa_train.tpa.decode import cpu
+from tpa_train.tpa.decode import cpu, native
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.reference import attend_reference
 
@@ -39,6 +39,8 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
     backend = backend or os.environ.get(VARIABLE) or "auto"
     if backend not in BACKENDS:
         raise UserError(f"unknown decoding backend '{backend}' (argument or {VARIABLE}){nearest(backend, BACKENDS)}")
+    if backend == "auto" and native.supported(attention, queries, cached):
+        return native.attend_native(attention, queries, cached)
     if backend == "auto" and cpu.supported(attention, queries):
         return cpu.attend_cpu(attention, queries, cached)
     if backend == "reference" or (backend == "auto" and not queries.is_cuda):

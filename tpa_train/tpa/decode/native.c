@@ -1,0 +1,525 @@
+/* Decoding attention on a CPU, in one pass over a packed cache: see native.py, which compiles and calls this.
+
+   A work item is a run of tokens of one sequence. It takes TILE tokens at a time: unpacks their cached numbers, rebuilds
+   their keys (U times latents), normalises and rotates them, scores them for all heads, and adds their values (or
+   latents) to sums under an online softmax (arXiv:1805.02867). `merge` joins the items of a sequence.
+
+   Where the CPU has bfloat16 tiles (AMX), a float32 product is three of bfloat16: x = x1 + x2 with both parts in
+   bfloat16, x·y = x1·y1 + x1·y2 + x2·y1 up to 2^-17 of |x||y|. Elsewhere products are float32 vectors.
+   Padding: numbers of an entry and columns of a key are padded to multiples of 32 with zeros in U and in queries, so
+   that what the padding of an entry holds (finite numbers) does not count. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define TILES 0
+#endif
+
+#define TILE 32 /* tokens; two AMX tiles */
+#define GROUP 32
+#define LANES 16
+#define MAX_SEGMENTS 64
+#define LOWEST -3.0e38f
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* Mirrored field by field in native.py. Strides are in bytes. kinds: 0 float32, 1 bfloat16, 2 float16. */
+typedef struct {
+    const char *codes, *scales; /* scales: NULL for an unrounded segment */
+    int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
+    int32_t start, count, bits, kind;
+} Segment;
+
+typedef struct {
+    int32_t rows, count, segments, padded; /* rows of one token; padded: count, to a multiple of 32 */
+    Segment segment[MAX_SEGMENTS];
+} Entry;
+
+typedef struct {
+    int64_t batch, slots;
+    int32_t heads, groups, dim, padded; /* padded: of a key, 2 · (dim/2 to a multiple of 16), or the entry's own */
+    int32_t rebuilt, normed, products, joint;
+    float scale, eps;
+    const int32_t *lengths;
+    const int64_t *rows; /* NULL: sequence i has row i */
+    const void *queries;
+    int32_t query_kind, threads;
+    const float *cosine, *sine; /* [positions, dim/2] */
+    const float *bias, *weight; /* [groups, padded], [padded] */
+    const void *up;             /* products > 0: see multiply_tiles; else float [groups, keys.padded, padded] */
+    float *out;                 /* [batch, heads, values.count] */
+    char *workspace;
+    int64_t workspace_bytes;
+    Entry keys, values;
+    /* What follows is the kernel's own. */
+    int64_t chunk, splits, next, ticket, scratch;
+    float *partial;
+} Job;
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+INLINE float as_float(uint32_t w) {
+    float f;
+    memcpy(&f, &w, 4);
+    return f;
+}
+
+/* Without float16 arithmetic, so that every compiler makes vectors of it; infinities are never stored. */
+INLINE float from_half(uint16_t h) {
+    const uint32_t w = (uint32_t)(h & 0x7fff) << 13;
+    const float small = as_float(w + (113u << 23)) - 0x1p-14f, normal = as_float(w + (112u << 23));
+    const float f = h & 0x7c00 ? normal : small;
+    return h & 0x8000 ? -f : f;
+}
+
+INLINE float number(const void *p, int kind, int64_t i) {
+    if (kind == 0) return ((const float *)p)[i];
+    const uint16_t h = ((const uint16_t *)p)[i];
+    return kind == 1 ? as_float((uint32_t)h << 16) : from_half(h);
+}
+
+INLINE vec splat(float f) { return f - (vec){0}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+
+#ifdef __clang__
+#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PERMUTED(v, ...) __builtin_shuffle(v, (ivec){__VA_ARGS__})
+#endif
+
+INLINE float total(vec v) {
+    v += PERMUTED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += PERMUTED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += PERMUTED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+INLINE vec larger(vec a, vec b) { return (vec)(((ivec)a & (a > b)) | ((ivec)b & ~(a > b))); }
+
+/* e^x for x ≤ 0, to 2 units in the last place; 0 below -87. */
+INLINE vec exponential(vec x) {
+    vec y = larger(x, splat(-87.0f));
+    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    p = (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
+    return (vec)((ivec)p & (x > -87.0f));
+}
+
+/* ---- Unpacking ---- */
+
+#define RUN (8 * GROUP) /* codes that are unpacked at a time */
+
+/* Writes the codes in `size` bytes, of a little-endian stream of `bits`-bit numbers. */
+INLINE void spread(const uint8_t *restrict p, int size, const int bits, uint8_t *restrict codes) {
+    if (bits == 8) memcpy(codes, p, size);
+    else if (bits == 4)
+        for (int i = 0; i < size; i++) codes[2 * i] = p[i] & 15, codes[2 * i + 1] = p[i] >> 4;
+    else if (bits == 2)
+        for (int i = 0; i < size; i++)
+            for (int k = 0; k < 4; k++) codes[4 * i + k] = p[i] >> 2 * k & 3;
+    else
+        for (int i = 0; i < size * 8 / bits; i++) {
+            const int byte = i * bits / 8, next = byte + 1 < size ? p[byte + 1] : 0;
+            codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
+        }
+}
+
+INLINE void decode(const uint8_t *restrict codes, float scale, float low, float *restrict out) {
+    for (int i = 0; i < GROUP; i++) out[i] = codes[i] * scale + low;
+}
+
+/* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
+INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, const int bits, float *out) {
+    uint8_t room[RUN] = {0};
+    float pairs[2 * RUN / GROUP];
+    for (int first = 0; first < count; first += RUN, p += RUN / 8 * bits, scales += 2 * RUN / GROUP, out += RUN) {
+        const int some = count - first < RUN ? count - first : RUN, groups = (some + GROUP - 1) / GROUP;
+        const uint8_t *codes = p;
+        if (bits != 8 || some % GROUP) spread(p, (some * bits + 7) / 8, bits, room), codes = room;
+        for (int i = 0; i < 2 * groups; i++) pairs[i] = from_half(scales[i]);
+        for (int g = 0; g < groups; g++) decode(codes + g * GROUP, pairs[2 * g], pairs[2 * g + 1], out + g * GROUP);
+    }
+}
+
+INLINE int stride_of(const Entry *e) { return e->padded + LANES; } /* no two rows in the same sets of a cache */
+
+/* Writes row r of one token's numbers into `out`. */
+static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out) {
+    for (int s = 0; s < e->segments; s++) {
+        const Segment *g = &e->segment[s];
+        const void *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const void *scales = g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head;
+        float *to = out + g->start;
+        switch (g->bits) {
+        case 2: unpack_groups(codes, scales, g->count, 2, to); break;
+        case 3: unpack_groups(codes, scales, g->count, 3, to); break;
+        case 4: unpack_groups(codes, scales, g->count, 4, to); break;
+        case 6: unpack_groups(codes, scales, g->count, 6, to); break;
+        case 8: unpack_groups(codes, scales, g->count, 8, to); break;
+        default:
+            if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
+            else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
+            else for (int i = 0; i < g->count; i++) to[i] = number(codes, 2, i);
+        }
+    }
+}
+
+/* ---- Keys ---- */
+
+#if TILES
+/* Splits one token's latents, the t-th of tiles [steps, parts, 2, 16 tokens, 32 numbers] of bfloat16. */
+static void split(const float *latents, int t, int steps, int parts, uint16_t *tiles) {
+    uint16_t *to = tiles + t / 16 * 512 + t % 16 * 32;
+    for (int k = 0; k < steps; k++, latents += 32, to += parts * 1024) {
+        const __m512 a = _mm512_loadu_ps(latents), b = _mm512_loadu_ps(latents + 16);
+        const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        _mm512_store_si512(to, high);
+        if (parts == 1) continue;
+        const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
+        const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16);
+        const __m512 x = _mm512_sub_ps(a, (__m512)first), y = _mm512_sub_ps(b, (__m512)second);
+        _mm512_store_si512(to + 1024, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+    }
+}
+
+#define MULTIPLY_FOUR()                                                                                                \
+    do {                                                                                                               \
+        _tile_dpbf16ps(0, 4, 6);                                                                                       \
+        _tile_dpbf16ps(1, 4, 7);                                                                                       \
+        _tile_dpbf16ps(2, 5, 6);                                                                                       \
+        _tile_dpbf16ps(3, 5, 7);                                                                                       \
+    } while (0)
+
+/* keys [TILE, padded] of latents in tiles and U in tiles [padded/32, steps, parts, 2, 16 pairs of numbers, 16 columns, 2]. */
+static void multiply_tiles(const uint16_t *latents, const uint16_t *up, int steps, int parts, int padded, float *keys) {
+    __asm__ volatile("" ::: "memory"); /* compilers do not know that a tile's load reads memory */
+    for (int c = 0; c < padded; c += 32) {
+        const uint16_t *a = latents, *b = up + (int64_t)c / 32 * steps * parts * 1024;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int k = 0; k < steps; k++, a += parts * 1024, b += parts * 1024) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + 512, 64);
+            _tile_loadd(5, a + 512, 64);
+            MULTIPLY_FOUR();
+            if (parts == 1) continue;
+            _tile_loadd(6, b + 1024, 64);
+            _tile_loadd(7, b + 1536, 64);
+            MULTIPLY_FOUR();
+            _tile_loadd(6, b, 64);
+            _tile_loadd(7, b + 512, 64);
+            _tile_loadd(4, a + 1024, 64);
+            _tile_loadd(5, a + 1536, 64);
+            MULTIPLY_FOUR();
+        }
+        _tile_stored(0, keys + c, 4 * padded);
+        _tile_stored(1, keys + c + 16, 4 * padded);
+        _tile_stored(2, keys + 16 * padded + c, 4 * padded);
+        _tile_stored(3, keys + 16 * padded + c + 16, 4 * padded);
+    }
+    __asm__ volatile("" ::: "memory");
+}
+#endif
+
+#ifdef __AVX512F__
+enum { TOKENS = 8, VECTORS = 2 }; /* of a register block */
+#else
+enum { TOKENS = 4, VECTORS = 1 };
+#endif
+
+/* keys [TILE, padded] = latents [TILE, stride] times U [count, padded], in float32 vectors. */
+static void multiply_vectors(const float *latents, int stride, const float *up, int count, int padded, float *keys) {
+    for (int c = 0; c < padded; c += VECTORS * LANES)
+        for (int t = 0; t < TILE; t += TOKENS) {
+            vec sum[TOKENS][VECTORS] = {{{0}}};
+            for (int k = 0; k < count; k++)
+                for (int j = 0; j < VECTORS; j++) {
+                    const vec u = load(up + (int64_t)k * padded + c + j * LANES);
+                    for (int i = 0; i < TOKENS; i++) sum[i][j] += latents[(t + i) * stride + k] * u;
+                }
+            for (int i = 0; i < TOKENS; i++)
+                for (int j = 0; j < VECTORS; j++) store(keys + (t + i) * padded + c + j * LANES, sum[i][j]);
+        }
+}
+
+/* Adds the bias to one key and rotates it, in place; returns what its scores are to be multiplied with, for its norm.
+   Columns are two halves of padded/2. */
+INLINE float finish(const Job *j, float *key, const float *bias, const float *cosine, const float *sine) {
+    const int half = j->padded / 2, real = j->dim / 2;
+    vec square = {0};
+    float last[2][LANES] = {{0}};
+    for (int i = 0; i < half; i += LANES) {
+        vec c, s;
+        if (i + LANES <= real) {
+            c = load(cosine + i), s = load(sine + i);
+        } else {
+            memcpy(last[0], cosine + i, 4 * (real - i)), memcpy(last[1], sine + i, 4 * (real - i));
+            c = load(last[0]), s = load(last[1]);
+        }
+        vec a = load(key + i) + load(bias + i), b = load(key + half + i) + load(bias + half + i);
+        square += a * a + b * b;
+        a *= load(j->weight + i), b *= load(j->weight + half + i);
+        store(key + i, a * c - b * s), store(key + half + i, b * c + a * s);
+    }
+    return j->normed ? 1.0f / __builtin_sqrtf(total(square) / j->dim + j->eps) : 1.0f;
+}
+
+/* scores [heads, TILE] of keys [TILE, stride] for queries [heads, padded]; `heads` is a constant. */
+INLINE void score_heads(const float *q, int padded, const float *keys, int stride, float *scores, const int heads) {
+    for (int t = 0; t < TILE; t += 4) {
+        vec sum[4][4] = {{{0}}};
+        for (int i = 0; i < padded; i += LANES) {
+            vec key[4];
+            for (int n = 0; n < 4; n++) key[n] = load(keys + (t + n) * stride + i);
+            for (int h = 0; h < heads; h++) {
+                const vec v = load(q + h * padded + i);
+                for (int n = 0; n < 4; n++) sum[h][n] += v * key[n];
+            }
+        }
+        for (int h = 0; h < heads; h++)
+            for (int n = 0; n < 4; n++) scores[h * TILE + t + n] = total(sum[h][n]);
+    }
+}
+
+static void score(const float *q, int heads, int padded, const float *keys, int stride, float *scores) {
+    int h = 0;
+    for (; h + 4 <= heads; h += 4) score_heads(q + h * padded, padded, keys, stride, scores + h * TILE, 4);
+    for (; h + 2 <= heads; h += 2) score_heads(q + h * padded, padded, keys, stride, scores + h * TILE, 2);
+    if (h < heads) score_heads(q + h * padded, padded, keys, stride, scores + h * TILE, 1);
+}
+
+/* ---- Values ---- */
+
+/* sums [heads, padded] = sums · keep[heads] + weights [heads, TILE] times values [TILE, stride]; `heads` a constant. */
+INLINE void add_heads(const float *w, const float *keep, const float *v, int stride, int padded, float *sums, const int heads) {
+    for (int c = 0; c < padded; c += 2 * LANES) {
+        vec sum[4][2];
+        for (int h = 0; h < heads; h++)
+            for (int j = 0; j < 2; j++) sum[h][j] = load(sums + h * padded + c + j * LANES) * keep[h];
+        for (int t = 0; t < TILE; t++) {
+            const vec a = load(v + t * stride + c), b = load(v + t * stride + c + LANES);
+            for (int h = 0; h < heads; h++) sum[h][0] += a * w[h * TILE + t], sum[h][1] += b * w[h * TILE + t];
+        }
+        for (int h = 0; h < heads; h++)
+            for (int j = 0; j < 2; j++) store(sums + h * padded + c + j * LANES, sum[h][j]);
+    }
+}
+
+static void add(const float *w, const float *keep, int heads, const float *v, int stride, int padded, float *sums) {
+    int h = 0;
+    for (; h + 4 <= heads; h += 4) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 4);
+    for (; h + 2 <= heads; h += 2) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 2);
+    if (h < heads) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 1);
+}
+
+/* Turns scores [TILE] into weights under the highest score so far; returns what earlier sums keep. */
+static float soften(float *scores, float *top, float *sum) {
+    const vec a = load(scores), b = load(scores + LANES), both = larger(a, b);
+    float highest = *top;
+    for (int i = 0; i < LANES; i++) highest = both[i] > highest ? both[i] : highest;
+    const float keep = exponential(splat(*top - highest))[0];
+    const vec x = exponential(a - highest), y = exponential(b - highest);
+    store(scores, x), store(scores + LANES, y);
+    *top = highest, *sum = *sum * keep + total(x + y);
+    return keep;
+}
+
+/* ---- Work items ---- */
+
+INLINE const Entry *values_of(const Job *j) { return j->joint ? &j->keys : &j->values; }
+INLINE int64_t tokens_of(const Job *j, int64_t b) { return j->lengths[b] < j->slots ? j->lengths[b] : j->slots; }
+INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+INLINE int64_t partial_size(const Job *j) { return (int64_t)j->heads * values_of(j)->padded + aligned(2 * j->heads); }
+
+typedef struct {
+    float *queries, *keys, *scores, *latents, *values;
+    uint16_t *tiles;
+} Scratch;
+
+/* Lays out one thread's memory from `base` on; returns its size. */
+static int64_t lay_out(const Job *j, char *base, Scratch *s) {
+    int64_t at = 0;
+    const int64_t entry = aligned(4 * (int64_t)j->keys.rows * TILE * stride_of(&j->keys));
+    s->queries = (float *)(base + at), at += aligned(4 * (int64_t)j->heads * j->padded);
+    s->keys = (float *)(base + at), at += aligned(4 * (int64_t)TILE * j->padded);
+    s->scores = (float *)(base + at), at += aligned(4 * (int64_t)j->heads * (TILE + 1));
+    s->tiles = (uint16_t *)(base + at), at += j->products ? 4 * (int64_t)TILE * j->keys.padded * j->keys.rows : 0;
+    s->latents = (float *)(base + at), at += entry;
+    s->values = j->joint ? s->latents : (float *)(base + at);
+    if (!j->joint) at += aligned(4 * (int64_t)j->values.rows * TILE * stride_of(&j->values));
+    return at;
+}
+
+/* Unpacks TILE tokens of buffer row `row` from slot `first` on, of which n hold something. */
+static void read_tile(const Job *j, const Scratch *s, int64_t row, int64_t first, int n) {
+    for (int r = 0; r < j->keys.rows; r++)
+        for (int t = 0; t < n; t++) {
+            float *latents = s->latents + (int64_t)(r * TILE + t) * stride_of(&j->keys);
+            unpack(&j->keys, row, first + t, r, latents);
+#if TILES
+            const int parts = j->products > 1 ? 2 : 1, steps = j->keys.padded / 32;
+            if (j->products) split(latents, t, steps, parts, s->tiles + (int64_t)r * steps * parts * 1024);
+#endif
+        }
+    for (int r = 0; r < j->values.rows; r++)
+        for (int t = 0; t < n; t++)
+            unpack(&j->values, row, first + t, r, s->values + (int64_t)(r * TILE + t) * stride_of(&j->values));
+}
+
+static void score_tile(const Job *j, const Scratch *s, int64_t position, int64_t wrap, int n) {
+    const int share = j->heads / j->groups, stride = stride_of(&j->keys);
+    for (int g = 0; g < j->groups; g++) {
+        const int r = j->keys.rows > 1 ? g : 0;
+        const float *latents = s->latents + (int64_t)r * TILE * stride;
+        const float *q = s->queries + (int64_t)g * share * j->padded;
+        float *scores = s->scores + g * share * TILE, inverse[TILE] = {0};
+        if (!j->rebuilt) {
+            score(q, share, j->padded, latents, stride, scores);
+            continue;
+        }
+        const int64_t size = (int64_t)j->keys.padded * j->padded;
+#if TILES
+        if (j->products) {
+            const int parts = j->products > 1 ? 2 : 1, steps = j->keys.padded / 32;
+            const uint16_t *tiles = s->tiles + (int64_t)r * steps * parts * 1024;
+            multiply_tiles(tiles, (const uint16_t *)j->up + g * size * parts, steps, parts, j->padded, s->keys);
+        } else
+#endif
+            multiply_vectors(latents, stride, (const float *)j->up + g * size, j->keys.count, j->padded, s->keys);
+        for (int t = 0; t < n; t++) {
+            const int64_t p = (position + t - (t >= wrap ? j->slots : 0)) * (j->dim / 2);
+            inverse[t] = finish(j, s->keys + t * j->padded, j->bias + g * j->padded, j->cosine + p, j->sine + p);
+        }
+        score(q, share, j->padded, s->keys, j->padded, scores);
+        for (int h = 0; h < share; h++)
+            for (int t = 0; t < TILE; t++) scores[h * TILE + t] *= inverse[t];
+    }
+}
+
+static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
+    const Entry *values = values_of(j);
+    const int64_t length = j->lengths[b], count = tokens_of(j, b), row = j->rows ? j->rows[b] : b;
+    const int64_t start = split * j->chunk, stop = start + j->chunk < count ? start + j->chunk : count;
+    if (start >= stop) return;
+    const int64_t cut = length > j->slots ? length % j->slots : 0; /* the oldest token's slot in a ring */
+    const int64_t base = length > j->slots ? length - cut : 0;
+    float *sums = j->partial + (b * j->splits + split) * partial_size(j), *top = sums + j->heads * values->padded;
+    memset(sums, 0, 4 * partial_size(j));
+    for (int h = 0; h < j->heads; h++) top[h] = LOWEST;
+    const int half = j->rebuilt ? j->padded / 2 : j->padded, real = j->rebuilt ? j->dim / 2 : j->dim;
+    memset(s->queries, 0, 4 * (size_t)j->heads * j->padded);
+    for (int h = 0; h < j->heads; h++)
+        for (int i = 0; i < j->dim; i++) {
+            const float q = number(j->queries, j->query_kind, (b * j->heads + h) * j->dim + i);
+            s->queries[h * j->padded + i / real * half + i % real] = q * j->scale;
+        }
+    float *keep = s->scores + j->heads * TILE;
+    for (int64_t t = start; t < stop; t += TILE) {
+        const int n = stop - t < TILE ? stop - t : TILE;
+        read_tile(j, s, row, t, n);
+        score_tile(j, s, base + t, length > j->slots ? cut - t : TILE, n);
+        for (int h = 0; h < j->heads; h++) {
+            for (int i = n; i < TILE; i++) s->scores[h * TILE + i] = LOWEST;
+            keep[h] = soften(s->scores + h * TILE, top + h, top + j->heads + h);
+        }
+        const int share = j->heads / values->rows, stride = stride_of(values);
+        for (int r = 0; r < values->rows; r++) {
+            const float *v = s->values + (int64_t)r * TILE * stride;
+            const int h = r * share;
+            add(s->scores + h * TILE, keep + h, share, v, stride, values->padded, sums + h * values->padded);
+        }
+    }
+}
+
+static void merge(const Job *j, int64_t b) {
+    const Entry *values = values_of(j);
+    const int64_t splits = (tokens_of(j, b) + j->chunk - 1) / j->chunk, size = partial_size(j);
+    for (int h = 0; h < j->heads; h++) {
+        const float *first = j->partial + b * j->splits * size, *tops = first + j->heads * values->padded + h;
+        float *out = j->out + (b * j->heads + h) * values->count, highest = LOWEST, sum = 0.0f;
+        memset(out, 0, 4 * (size_t)values->count);
+        for (int64_t s = 0; s < splits; s++) highest = tops[s * size] > highest ? tops[s * size] : highest;
+        for (int64_t s = 0; s < splits; s++) {
+            const float share = exponential(splat(tops[s * size] - highest))[0];
+            const float *sums = first + s * size + h * values->padded;
+            sum += share * tops[s * size + j->heads];
+            for (int i = 0; i < values->count; i++) out[i] += share * sums[i];
+        }
+        for (int i = 0; i < values->count && sum > 0.0f; i++) out[i] /= sum;
+    }
+}
+
+static void worker(void *argument) {
+    Job *j = argument;
+    const int64_t mine = __atomic_fetch_add(&j->ticket, 1, __ATOMIC_RELAXED);
+    if (mine >= j->threads) return; /* the others take its items */
+    Scratch s;
+    char *base = j->workspace + mine * j->scratch;
+    memset(base, 0, lay_out(j, base, &s)); /* what no token fills must be finite */
+#if TILES
+    if (j->products) {
+        uint8_t config[64] __attribute__((aligned(64))) = {1};
+        for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+        __asm__ volatile("" ::: "memory");
+        _tile_loadconfig(config);
+    }
+#endif
+    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->batch * j->splits;)
+        item(j, i / j->splits, i % j->splits, &s);
+#if TILES
+    if (j->products) _tile_release();
+#endif
+}
+
+/* Returns whether bfloat16 tiles may be used: the operating system grants their registers on demand. */
+int tpa_tiles(void) {
+#if TILES
+    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
+#else
+    return 0;
+#endif
+}
+
+/* Attends; returns 0, or how many bytes the workspace must have (nothing was done then). */
+int64_t tpa_attend(Job *j, Parallel parallel) {
+    int64_t all = 0, longest = 0;
+    Scratch s;
+    for (int64_t b = 0; b < j->batch; b++) {
+        all += tokens_of(j, b);
+        if (tokens_of(j, b) > longest) longest = tokens_of(j, b);
+    }
+    if (!parallel) j->threads = 1;
+    const int64_t wanted = all / (8 * j->threads) / TILE * TILE;
+    j->chunk = wanted < TILE ? TILE : wanted > 16 * TILE ? 16 * TILE : wanted;
+    j->splits = (longest + j->chunk - 1) / j->chunk;
+    j->scratch = lay_out(j, NULL, &s);
+    const int64_t bytes = 64 + j->threads * j->scratch + 4 * j->batch * j->splits * partial_size(j);
+    if (bytes > j->workspace_bytes) return bytes;
+    j->workspace = (char *)aligned((int64_t)j->workspace);
+    j->partial = (float *)(j->workspace + j->threads * j->scratch);
+    j->next = j->ticket = 0;
+    if (j->threads > 1 && j->batch * j->splits > 1) parallel(worker, j, j->threads, 0);
+    else worker(j);
+    for (int64_t b = 0; b < j->batch; b++) merge(j, b);
+    return 0;
+}

@@ -1,0 +1,227 @@
+"""Decoding attention on the CPU by the compiled kernel of ``native.c``: one pass over the cache as it lies.
+
+It serves keys that are rebuilt from latents (latent, joint, constant B) or stored in few bits, beside values of any of
+these forms, in float32 and bfloat16. Latent values are summed before they are expanded. Keys cost G·d·r operations a
+token, more than everything else; with bfloat16 tiles (AMX) they are products of split numbers, close to float32. Where
+the weights are bfloat16, or ``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.layers import accumulation_dtype
+from tpa_train.tpa.attention import FactorizedAttention
+from tpa_train.tpa.decode import compiled
+from tpa_train.tpa.decode.cached import CachedTokens
+from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointValues, LatentKeys, LatentValues
+
+MAX_SEGMENTS = 64
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PADDING = 32  # numbers of an entry, and columns of a key, are padded to multiples of it
+_KEYS, _VALUES = (DenseKeys, LatentKeys, JointKeys), (DenseValues, LatentValues, JointValues)
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p), ("scales", c_void_p), ("strides", c_int64 * 6),
+        ("start", c_int32), ("count", c_int32), ("bits", c_int32), ("kind", c_int32),
+    ]  # fmt: skip
+
+
+class _Entry(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int32), ("count", c_int32), ("segments", c_int32), ("padded", c_int32),
+        ("segment", _Segment * MAX_SEGMENTS),
+    ]  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    """``Job`` of native.c."""
+
+    _fields_ = [
+        ("batch", c_int64), ("slots", c_int64),
+        ("heads", c_int32), ("groups", c_int32), ("dim", c_int32), ("padded", c_int32),
+        ("rebuilt", c_int32), ("normed", c_int32), ("products", c_int32), ("joint", c_int32),
+        ("scale", c_float), ("eps", c_float),
+        ("lengths", c_void_p), ("rows", c_void_p), ("queries", c_void_p), ("query_kind", c_int32), ("threads", c_int32),
+        ("cosine", c_void_p), ("sine", c_void_p), ("bias", c_void_p), ("weight", c_void_p), ("up", c_void_p),
+        ("out", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_int64),
+        ("keys", _Entry), ("values", _Entry),
+        ("own", c_int64 * 6),
+    ]  # fmt: skip
+
+
+def supported(attention: Attention, queries: Tensor, cached: CachedTokens) -> bool:
+    """Returns whether the kernel can take this call; queries must need no gradient. May compile the kernel."""
+    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and queries.requires_grad:
+        return False
+    if not isinstance(attention, FactorizedAttention) or not isinstance(attention.keys, _KEYS):
+        return False
+    if not isinstance(attention.values, _VALUES) or isinstance(attention.keys, DenseKeys) and attention.entries[0].exact:
+        return False
+    if any(len(entry.segments) > MAX_SEGMENTS for entry in attention.entries):
+        return False
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in cached.rotary):
+        return False
+    if any(t.dtype not in (*KINDS, torch.uint8) or t.stride(-1) != 1 for t in cached.stored):
+        return False
+    return compiled.library() is not None
+
+
+@torch.no_grad()
+def attend_native(attention: FactorizedAttention, queries: Tensor, cached: CachedTokens) -> Tensor:
+    """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. Only where ``supported``."""
+    plan = _plan(attention)
+    sums = plan.attend(queries, cached)
+    if isinstance(attention.values, JointValues):
+        up = attention.values.up.detach()
+        heads = sums.unflatten(1, (plan.groups, -1)).to(up.dtype)  # [B, G, H/G, r]
+        sums = (heads @ up.mT).flatten(1, 2)
+    return sums.to(queries.dtype)
+
+
+_plans: WeakKeyDictionary[Attention, tuple[tuple, Plan]] = WeakKeyDictionary()
+
+
+def _plan(attention: FactorizedAttention) -> Plan:
+    """Returns the layer's plan, made anew when its keys' factors or the wanted precision have changed."""
+    precision = getattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
+    state = (precision,) + tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in attention.keys.parameters(recurse=True)
+    )
+    known = _plans.get(attention)
+    if known is None or known[0] != state:
+        known = _plans[attention] = (state, Plan(attention, exact=precision != "bf16"))
+    return known[1]
+
+
+class _Workspace(threading.local):
+    """Memory that layers use in turn: freshly allocated pages would cost more than the work in them."""
+
+    memory: Tensor | None = None
+
+    def of(self, size: int) -> Tensor:
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory
+
+
+_workspace = _Workspace()
+
+
+class Plan:
+    """What does not change between steps of one layer; ``exact``: whether float32 weights get float32 products."""
+
+    def __init__(self, attention: FactorizedAttention, exact: bool) -> None:
+        config, keys, entries = attention.config, attention.keys, attention.entries
+        self.groups, self.joint = config.num_kv_heads, isinstance(attention.values, JointValues)
+        self.heads, self.count = config.num_heads, entries[0 if self.joint else -1].count
+        self.job = job = _Job(
+            heads=config.num_heads, groups=self.groups, dim=config.head_dim, scale=config.scale, eps=config.rms_norm_eps,
+            normed=isinstance(keys, JointKeys), rebuilt=not isinstance(keys, DenseKeys), joint=self.joint,
+        )  # fmt: skip
+        self.key_shapes = _lay_out(job.keys, entries[0])
+        if not self.joint:
+            self.value_shapes = _lay_out(job.values, entries[-1])
+        job.padded = job.keys.padded
+        if not job.rebuilt:
+            return
+        dtype = accumulation_dtype(keys.up.dtype)
+        half = -(-config.head_dim // PADDING) * PADDING // 2
+        job.padded = 2 * half
+        up, center, weight = (p.detach().to(dtype) for p in (keys.up, keys.center, keys.norm.weight))
+        up, weight = up.expand(self.groups, -1, -1), 1.0 + weight  # some forms have one U for all heads
+        if not job.normed:  # the norm is in the latent already
+            up, weight = up * weight[:, None], torch.ones_like(weight)
+        bias = torch.einsum("gdr,gr->gd", up, center.expand(self.groups, -1))
+        self.bias, self.weight = (_halves(t.float(), half).contiguous() for t in (bias, weight))
+        columns = up.new_zeros(self.groups, job.keys.padded, job.padded, dtype=torch.float32)
+        columns[:, : up.shape[-1]] = _halves(up.mT.float(), half)
+        if compiled.has_tiles():
+            job.products = 3 if exact and keys.up.dtype != torch.bfloat16 else 1
+            columns = _tiles(columns, 2 if job.products > 1 else 1)
+        self.up = columns.contiguous()
+        job.bias, job.weight, job.up = (t.data_ptr() for t in (self.bias, self.weight, self.up))
+
+    def attend(self, queries: Tensor, cached: CachedTokens) -> Tensor:
+        """Returns means [B, H, count] of the value entry under attention, float32."""
+        job = _Job.from_buffer_copy(self.job)  # of this call: layers may be shared by threads
+        _point(job.keys, self.key_shapes, cached.stored[: self.key_shapes.tensors])
+        if not self.joint:
+            _point(job.values, self.value_shapes, cached.stored[self.key_shapes.tensors :])
+        queries, lengths = queries.contiguous(), cached.lengths.to(torch.int32).contiguous()
+        rows = None if cached.rows is None else cached.rows.to(torch.int64).contiguous()
+        out = queries.new_empty(len(queries), self.heads, self.count, dtype=torch.float32)
+        job.batch, job.slots, job.threads = len(queries), cached.slots, torch.get_num_threads()
+        job.lengths, job.rows = lengths.data_ptr(), None if rows is None else rows.data_ptr()
+        job.queries, job.query_kind, job.out = queries.data_ptr(), KINDS[queries.dtype], out.data_ptr()
+        job.cosine, job.sine = (t.data_ptr() for t in cached.rotary)
+        size = 0
+        while True:
+            memory = _workspace.of(size)
+            job.workspace, job.workspace_bytes = memory.data_ptr(), memory.numel()
+            size = compiled.library().tpa_attend(ctypes.byref(job), compiled.parallel())
+            if not size:
+                return out
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Where the tensors of an entry go: (its segment, whether it holds scales) of each."""
+
+    places: list[tuple[int, bool]]
+
+    @property
+    def tensors(self) -> int:
+        return len(self.places)
+
+
+def _lay_out(target: _Entry, entry: Entry) -> _Shapes:
+    """Describes ``entry`` in ``target``, but for its memory."""
+    places: list[tuple[int, bool]] = []
+    target.rows, target.count, target.segments = entry.rows, entry.count, len(entry.segments)
+    target.padded = -(-entry.count // PADDING) * PADDING
+    for index, (start, stop, bits) in enumerate(entry.segments):
+        segment = target.segment[index]
+        segment.start, segment.count, segment.bits = start, stop - start, bits
+        places += [(index, False)] if bits == 16 else [(index, False), (index, True)]
+    return _Shapes(places)
+
+
+def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> None:
+    """Has ``target`` point to the tensors [rows, slots, heads, n] of its entry."""
+    for (index, scales), t in zip(shapes.places, stored, strict=True):
+        segment, size, strides = target.segment[index], t.element_size(), t.stride()
+        if scales:
+            segment.scales, strides = t.data_ptr(), t.stride()[:3]
+            segment.strides[3:] = [size * s for s in strides]
+        else:
+            segment.codes, segment.kind = t.data_ptr(), KINDS.get(t.dtype, 0)
+            segment.strides[:3] = [size * s for s in strides[:3]]
+
+
+def _halves(t: Tensor, half: int) -> Tensor:
+    """[..., d] -> [..., 2·half]: both halves of d filled with zeros."""
+    return F.pad(t.unflatten(-1, (2, -1)), (0, half - t.shape[-1] // 2)).flatten(-2)
+
+
+def _tiles(columns: Tensor, parts: int) -> Tensor:
+    """[G, r, d] in float32 -> bfloat16 [G, d/32, r/32, parts, 2, 16, 16, 2], as ``multiply_tiles`` reads it."""
+    high = columns.to(torch.bfloat16)
+    split = [high, (columns - high.float()).to(torch.bfloat16)][:parts]
+    blocks = torch.stack(split, 1).unflatten(-1, (-1, 2, 16)).unflatten(2, (-1, 16, 2))
+    # [G, parts, r/32, 16 pairs, 2, d/32, 2, 16 columns]
+    return blocks.permute(0, 5, 2, 1, 6, 3, 7, 4)
