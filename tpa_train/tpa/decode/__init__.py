@@ -8,6 +8,7 @@ unpacked in memory.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,10 +18,38 @@ from tpa_train.tpa.decode import cpu, native
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.reference import attend_reference
 
-__all__ = ["CachedTokens", "attend_cached"]
+__all__ = ["CachedTokens", "attend_cached", "attend_new"]
 
 BACKENDS = ("auto", "triton", "reference")
 VARIABLE = "TPA_DECODE"  # in the environment: a backend, where a call names none
+
+
+def attend_new(
+    attention: Attention,
+    queries: Tensor,
+    entries: tuple[Tensor, ...],
+    cached: CachedTokens,
+    store: Callable[[tuple[Tensor, ...]], None],
+) -> Tensor:
+    """Puts one new token a sequence into the cache and attends as ``attend_cached``.
+
+    Args:
+        attention, queries: as there.
+        entries: of the new tokens, ``attention.write``'s, each [B, 1, ...].
+        cached: with room for the new tokens, which its lengths count.
+        store: writes what ``attention.pack`` gives for the entries into the buffers of ``cached``.
+    """
+    if _backend(None) == "auto" and native.supported(attention, queries, cached):
+        return native.attend_native(attention, queries, cached, entries)
+    store(attention.pack(entries))
+    return attend_cached(attention, queries, cached)
+
+
+def _backend(name: str | None) -> str:
+    name = name or os.environ.get(VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise UserError(f"unknown decoding backend '{name}' (argument or {VARIABLE}){nearest(name, BACKENDS)}")
+    return name
 
 
 def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, backend: str | None = None) -> Tensor:
@@ -36,9 +65,7 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
     Raises:
         UserError: the backend is unknown, or the kernels cannot serve a call that demands them.
     """
-    backend = backend or os.environ.get(VARIABLE) or "auto"
-    if backend not in BACKENDS:
-        raise UserError(f"unknown decoding backend '{backend}' (argument or {VARIABLE}){nearest(backend, BACKENDS)}")
+    backend = _backend(backend)
     if backend == "auto" and native.supported(attention, queries, cached):
         return native.attend_native(attention, queries, cached)
     if backend == "auto" and cpu.supported(attention, queries):

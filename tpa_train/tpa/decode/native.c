@@ -35,13 +35,15 @@ typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* Mirrored field by field in native.py. Strides are in bytes. kinds: 0 float32, 1 bfloat16, 2 float16. */
 typedef struct {
-    const char *codes, *scales; /* scales: NULL for an unrounded segment */
+    char *codes, *scales; /* scales: of rounded segments */
     int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
     int32_t start, count, bits, kind;
 } Segment;
 
 typedef struct {
     int32_t rows, count, segments, padded; /* rows of one token; padded: count, to a multiple of 32 */
+    const char *news; /* the newest token of every sequence, [batch, rows, count], to be packed first; or NULL */
+    int64_t news_kind;
     Segment segment[MAX_SEGMENTS];
 } Entry;
 
@@ -177,6 +179,66 @@ static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out
             if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
             else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
             else for (int i = 0; i < g->count; i++) to[i] = number(codes, 2, i);
+        }
+    }
+}
+
+/* ---- Packing: as quantization.quantize and pack_codes do, to the bit ---- */
+
+/* Rounds to the nearest, to even in a tie, as do the following. */
+INLINE uint16_t to_half(float f) {
+    uint32_t w;
+    memcpy(&w, &f, 4);
+    const uint32_t sign = w >> 16 & 0x8000, size = w & 0x7fffffff;
+    if (size >= 0x477ff000) return sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (size < 0x38800000) return sign | (uint32_t)__builtin_rintf(as_float(size) * 0x1p24f);
+    return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+}
+
+INLINE uint16_t to_bfloat(float f) {
+    uint32_t w;
+    memcpy(&w, &f, 4);
+    return f != f ? 0x7fc0 : (w + 0x7fff + (w >> 16 & 1)) >> 16;
+}
+
+static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint16_t *pair) {
+    float low = x[0], high = x[0];
+    const int levels = (1 << bits) - 1;
+    for (int i = 1; i < count; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    low = low < -6e4f ? -6e4f : low > 6e4f ? 6e4f : low;
+    pair[1] = to_half(low), low = from_half(pair[1]);
+    float scale = (high - low) / levels;
+    scale = scale < 6e-8f ? 6e-8f : scale > 6e4f ? 6e4f : scale;
+    pair[0] = to_half(scale), scale = from_half(pair[0]);
+    memset(codes, 0, (count * bits + 7) / 8);
+    for (int i = 0; i < count; i++) {
+        const float step = __builtin_rintf((x[i] - low) / scale);
+        const unsigned code = !(step > 0) ? 0 : step > levels ? levels : (int)step, shift = i * bits % 8;
+        codes[i * bits / 8] |= code << shift;
+        if (shift + bits > 8) codes[i * bits / 8 + 1] |= code >> (8 - shift);
+    }
+}
+
+/* Packs row r of sequence b's newest token to slot `token` of buffer row `row`. */
+static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
+    for (int s = 0; s < e->segments; s++) {
+        const Segment *g = &e->segment[s];
+        char *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const int64_t first = (b * e->rows + r) * e->count + g->start;
+        if (g->bits == 16) {
+            for (int i = 0; i < g->count; i++) {
+                const float x = number(e->news, e->news_kind, first + i);
+                if (g->kind == 0) ((float *)codes)[i] = x;
+                else ((uint16_t *)codes)[i] = g->kind == 1 ? to_bfloat(x) : to_half(x);
+            }
+            continue;
+        }
+        uint16_t *pair = (uint16_t *)(g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head);
+        for (int i = 0; i < g->count; i += GROUP, pair += 2) {
+            float x[GROUP];
+            const int some = g->count - i < GROUP ? g->count - i : GROUP;
+            for (int k = 0; k < some; k++) x[k] = number(e->news, e->news_kind, first + i + k);
+            pack_group(x, some, g->bits, (uint8_t *)codes + i / 8 * g->bits, pair);
         }
     }
 }
@@ -518,6 +580,13 @@ int64_t tpa_attend(Job *j, Parallel parallel) {
     j->workspace = (char *)aligned((int64_t)j->workspace);
     j->partial = (float *)(j->workspace + j->threads * j->scratch);
     j->next = j->ticket = 0;
+    for (int64_t b = 0; b < j->batch; b++)
+        for (int v = 0; v < 2; v++) {
+            const Entry *e = v ? &j->values : &j->keys;
+            const int64_t row = j->rows ? j->rows[b] : b;
+            for (int r = 0; r < e->rows && e->news && j->lengths[b]; r++)
+                pack(e, b, row, (j->lengths[b] - 1) % j->slots, r);
+        }
     if (j->threads > 1 && j->batch * j->splits > 1) parallel(worker, j, j->threads, 0);
     else worker(j);
     for (int64_t b = 0; b < j->batch; b++) merge(j, b);

@@ -42,7 +42,7 @@ class _Segment(ctypes.Structure):
 class _Entry(ctypes.Structure):
     _fields_ = [
         ("rows", c_int32), ("count", c_int32), ("segments", c_int32), ("padded", c_int32),
-        ("segment", _Segment * MAX_SEGMENTS),
+        ("news", c_void_p), ("news_kind", c_int64), ("segment", _Segment * MAX_SEGMENTS),
     ]  # fmt: skip
 
 
@@ -82,10 +82,15 @@ def supported(attention: Attention, queries: Tensor, cached: CachedTokens) -> bo
 
 
 @torch.no_grad()
-def attend_native(attention: FactorizedAttention, queries: Tensor, cached: CachedTokens) -> Tensor:
-    """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. Only where ``supported``."""
+def attend_native(
+    attention: FactorizedAttention, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None = None
+) -> Tensor:
+    """See ``decode.attend_cached`` and ``attend_new``: [B, H, d] -> [B, H, e]. Only where ``supported``.
+
+    ``news``: the newest token's entries, which are packed into the cache first; None: they are there.
+    """
     plan = _plan(attention)
-    sums = plan.attend(queries, cached)
+    sums = plan.attend(queries, cached, news)
     if isinstance(attention.values, JointValues):
         up = attention.values.up.detach()
         heads = sums.unflatten(1, (plan.groups, -1)).to(up.dtype)  # [B, G, H/G, r]
@@ -156,7 +161,7 @@ class Plan:
         self.up = columns.contiguous()
         job.bias, job.weight, job.up = (t.data_ptr() for t in (self.bias, self.weight, self.up))
 
-    def attend(self, queries: Tensor, cached: CachedTokens) -> Tensor:
+    def attend(self, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None = None) -> Tensor:
         """Returns means [B, H, count] of the value entry under attention, float32."""
         job = _Job.from_buffer_copy(self.job)  # of this call: layers may be shared by threads
         _point(job.keys, self.key_shapes, cached.stored[: self.key_shapes.tensors])
@@ -164,6 +169,9 @@ class Plan:
             _point(job.values, self.value_shapes, cached.stored[self.key_shapes.tensors :])
         queries, lengths = queries.contiguous(), cached.lengths.to(torch.int32).contiguous()
         rows = None if cached.rows is None else cached.rows.to(torch.int64).contiguous()
+        news = () if news is None else tuple(t.contiguous() for t in news)
+        for entry, t in zip((job.keys, job.values), news, strict=False):
+            entry.news, entry.news_kind = t.data_ptr(), KINDS[t.dtype]
         out = queries.new_empty(len(queries), self.heads, self.count, dtype=torch.float32)
         job.batch, job.slots, job.threads = len(queries), cached.slots, torch.get_num_threads()
         job.lengths, job.rows = lengths.data_ptr(), None if rows is None else rows.data_ptr()
