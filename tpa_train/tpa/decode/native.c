@@ -13,9 +13,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define TILES 1
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
@@ -65,7 +67,7 @@ typedef struct {
     Entry keys, values;
     /* What follows is the kernel's own. */
     int64_t chunk, splits, next, ticket, scratch;
-    float *partial;
+    float *partial, *turned;
 } Job;
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -126,37 +128,60 @@ INLINE vec exponential(vec x) {
 
 /* ---- Unpacking ---- */
 
-#define RUN (8 * GROUP) /* codes that are unpacked at a time */
-
 /* Writes the codes in `size` bytes, of a little-endian stream of `bits`-bit numbers. */
-INLINE void spread(const uint8_t *restrict p, int size, const int bits, uint8_t *restrict codes) {
-    if (bits == 8) memcpy(codes, p, size);
-    else if (bits == 4)
-        for (int i = 0; i < size; i++) codes[2 * i] = p[i] & 15, codes[2 * i + 1] = p[i] >> 4;
-    else if (bits == 2)
-        for (int i = 0; i < size; i++)
-            for (int k = 0; k < 4; k++) codes[4 * i + k] = p[i] >> 2 * k & 3;
-    else
-        for (int i = 0; i < size * 8 / bits; i++) {
-            const int byte = i * bits / 8, next = byte + 1 < size ? p[byte + 1] : 0;
-            codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
-        }
+INLINE void spread(const uint8_t *p, int size, const int bits, uint8_t *codes) {
+    for (int i = 0; i < size * 8 / bits; i++) {
+        const int byte = i * bits / 8, next = 8 % bits && byte + 1 < size ? p[byte + 1] : 0;
+        codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
+    }
 }
 
-INLINE void decode(const uint8_t *restrict codes, float scale, float low, float *restrict out) {
+/* Numbers of a full group: scale · code + low. */
+INLINE void decode(const uint8_t *p, const int bits, float scale, float low, float *out) {
+#ifdef __AVX512F__ /* compilers take bytes apart one by one */
+    if (8 % bits == 0) {
+        __m128i first, second;
+        const __m128i mask = _mm_set1_epi8((1 << bits) - 1);
+        if (bits == 8) {
+            first = _mm_loadu_si128((const __m128i *)p), second = _mm_loadu_si128((const __m128i *)(p + 16));
+        } else if (bits == 4) {
+            const __m128i b = _mm_loadu_si128((const __m128i *)p);
+            const __m128i even = _mm_and_si128(b, mask), odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
+            first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+        } else {
+            const __m128i b = _mm_loadl_epi64((const __m128i *)p);
+            const __m128i b0 = _mm_and_si128(b, mask), b1 = _mm_and_si128(_mm_srli_epi16(b, 2), mask);
+            const __m128i b2 = _mm_and_si128(_mm_srli_epi16(b, 4), mask), b3 = _mm_and_si128(_mm_srli_epi16(b, 6), mask);
+            const __m128i low_pairs = _mm_unpacklo_epi8(b0, b1), high_pairs = _mm_unpacklo_epi8(b2, b3);
+            first = _mm_unpacklo_epi16(low_pairs, high_pairs), second = _mm_unpackhi_epi16(low_pairs, high_pairs);
+        }
+        store(out, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(first)) * scale + low);
+        store(out + LANES, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(second)) * scale + low);
+        return;
+    }
+#endif
+    uint8_t codes[GROUP];
+    spread(p, GROUP / 8 * bits, bits, codes);
     for (int i = 0; i < GROUP; i++) out[i] = codes[i] * scale + low;
 }
 
 /* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
 INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, const int bits, float *out) {
-    uint8_t room[RUN] = {0};
-    float pairs[2 * RUN / GROUP];
-    for (int first = 0; first < count; first += RUN, p += RUN / 8 * bits, scales += 2 * RUN / GROUP, out += RUN) {
-        const int some = count - first < RUN ? count - first : RUN, groups = (some + GROUP - 1) / GROUP;
-        const uint8_t *codes = p;
-        if (bits != 8 || some % GROUP) spread(p, (some * bits + 7) / 8, bits, room), codes = room;
+    const int size = GROUP / 8 * bits; /* of a group, in bytes */
+    for (int first = 0; first < count; first += 8 * GROUP, scales += 16) {
+        const int some = count - first < 8 * GROUP ? count - first : 8 * GROUP, groups = (some + GROUP - 1) / GROUP;
+        float pairs[16];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+        store(pairs, (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << 2 * groups) - 1, scales)));
+#else
         for (int i = 0; i < 2 * groups; i++) pairs[i] = from_half(scales[i]);
-        for (int g = 0; g < groups; g++) decode(codes + g * GROUP, pairs[2 * g], pairs[2 * g + 1], out + g * GROUP);
+#endif
+        for (int g = 0; g < groups; g++, p += size, out += GROUP) {
+            uint8_t part[GROUP] = {0};
+            const int left = some - g * GROUP;
+            if (left < GROUP) memcpy(part, p, (left * bits + 7) / 8);
+            decode(left < GROUP ? part : p, bits, pairs[2 * g], pairs[2 * g + 1], out);
+        }
     }
 }
 
@@ -179,6 +204,7 @@ static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out
             if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
             else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
             else for (int i = 0; i < g->count; i++) to[i] = number(codes, 2, i);
+            for (int i = g->count; i % GROUP; i++) to[i] = 0.0f;
         }
     }
 }
@@ -246,18 +272,20 @@ static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
 /* ---- Keys ---- */
 
 #if TILES
-/* Splits one token's latents, the t-th of tiles [steps, parts, 2, 16 tokens, 32 numbers] of bfloat16. */
+/* Splits one token's latents, the t-th of tiles [steps, parts, 2, 16 tokens, 16 pairs] of bfloat16. Numbers i and
+   i + 16 of a step are a pair: so they are joined by a shift. Bits are rounded by adding half of the last one. */
 static void split(const float *latents, int t, int steps, int parts, uint16_t *tiles) {
     uint16_t *to = tiles + t / 16 * 512 + t % 16 * 32;
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
     for (int k = 0; k < steps; k++, latents += 32, to += parts * 1024) {
-        const __m512 a = _mm512_loadu_ps(latents), b = _mm512_loadu_ps(latents + 16);
-        const __m512i high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        _mm512_store_si512(to, high);
+        const __m512i a = _mm512_loadu_si512(latents), b = _mm512_loadu_si512(latents + 16);
+        const __m512i first = _mm512_and_si512(_mm512_add_epi32(a, half), upper);
+        const __m512i second = _mm512_and_si512(_mm512_add_epi32(b, half), upper);
+        _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(first, 16), second));
         if (parts == 1) continue;
-        const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
-        const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16);
-        const __m512 x = _mm512_sub_ps(a, (__m512)first), y = _mm512_sub_ps(b, (__m512)second);
-        _mm512_store_si512(to + 1024, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        const __m512i x = _mm512_add_epi32((__m512i)((__m512)a - (__m512)first), half);
+        const __m512i y = _mm512_add_epi32((__m512i)((__m512)b - (__m512)second), half);
+        _mm512_store_si512(to + 1024, _mm512_or_si512(_mm512_srli_epi32(x, 16), _mm512_and_si512(y, upper)));
     }
 }
 
@@ -414,7 +442,7 @@ INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 INLINE int64_t partial_size(const Job *j) { return (int64_t)j->heads * values_of(j)->padded + aligned(2 * j->heads); }
 
 typedef struct {
-    float *queries, *keys, *scores, *latents, *values;
+    float *keys, *scores, *latents, *values;
     uint16_t *tiles;
 } Scratch;
 
@@ -422,7 +450,6 @@ typedef struct {
 static int64_t lay_out(const Job *j, char *base, Scratch *s) {
     int64_t at = 0;
     const int64_t entry = aligned(4 * (int64_t)j->keys.rows * TILE * stride_of(&j->keys));
-    s->queries = (float *)(base + at), at += aligned(4 * (int64_t)j->heads * j->padded);
     s->keys = (float *)(base + at), at += aligned(4 * (int64_t)TILE * j->padded);
     s->scores = (float *)(base + at), at += aligned(4 * (int64_t)j->heads * (TILE + 1));
     s->tiles = (uint16_t *)(base + at), at += j->products ? 4 * (int64_t)TILE * j->keys.padded * j->keys.rows : 0;
@@ -448,12 +475,12 @@ static void read_tile(const Job *j, const Scratch *s, int64_t row, int64_t first
             unpack(&j->values, row, first + t, r, s->values + (int64_t)(r * TILE + t) * stride_of(&j->values));
 }
 
-static void score_tile(const Job *j, const Scratch *s, int64_t position, int64_t wrap, int n) {
+static void score_tile(const Job *j, const Scratch *s, int64_t b, int64_t position, int64_t wrap, int n) {
     const int share = j->heads / j->groups, stride = stride_of(&j->keys);
     for (int g = 0; g < j->groups; g++) {
         const int r = j->keys.rows > 1 ? g : 0;
         const float *latents = s->latents + (int64_t)r * TILE * stride;
-        const float *q = s->queries + (int64_t)g * share * j->padded;
+        const float *q = j->turned + (b * j->heads + (int64_t)g * share) * j->padded;
         float *scores = s->scores + g * share * TILE, inverse[TILE] = {0};
         if (!j->rebuilt) {
             score(q, share, j->padded, latents, stride, scores);
@@ -488,18 +515,14 @@ static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
     float *sums = j->partial + (b * j->splits + split) * partial_size(j), *top = sums + j->heads * values->padded;
     memset(sums, 0, 4 * partial_size(j));
     for (int h = 0; h < j->heads; h++) top[h] = LOWEST;
-    const int half = j->rebuilt ? j->padded / 2 : j->padded, real = j->rebuilt ? j->dim / 2 : j->dim;
-    memset(s->queries, 0, 4 * (size_t)j->heads * j->padded);
-    for (int h = 0; h < j->heads; h++)
-        for (int i = 0; i < j->dim; i++) {
-            const float q = number(j->queries, j->query_kind, (b * j->heads + h) * j->dim + i);
-            s->queries[h * j->padded + i / real * half + i % real] = q * j->scale;
-        }
     float *keep = s->scores + j->heads * TILE;
     for (int64_t t = start; t < stop; t += TILE) {
         const int n = stop - t < TILE ? stop - t : TILE;
         read_tile(j, s, row, t, n);
-        score_tile(j, s, base + t, length > j->slots ? cut - t : TILE, n);
+        if (n < TILE) /* what has no weight must be finite */
+            for (int r = 0; r < values->rows; r++)
+                memset(s->values + (int64_t)(r * TILE + n) * stride_of(values), 0, 4 * (size_t)(TILE - n) * stride_of(values));
+        score_tile(j, s, b, base + t, length > j->slots ? cut - t : TILE, n);
         for (int h = 0; h < j->heads; h++) {
             for (int i = n; i < TILE; i++) s->scores[h * TILE + i] = LOWEST;
             keep[h] = soften(s->scores + h * TILE, top + h, top + j->heads + h);
@@ -531,13 +554,23 @@ static void merge(const Job *j, int64_t b) {
     }
 }
 
+/* Queries in float32, scaled, in the columns of keys: [batch, heads, padded]. */
+static void lay_out_queries(const Job *j) {
+    const int parts = j->rebuilt ? 2 : 1, real = j->dim / parts, padded = j->padded / parts;
+    for (int64_t i = 0; i < j->batch * j->heads * parts; i++) {
+        float *to = j->turned + i * padded;
+        for (int k = 0; k < real; k++) to[k] = number(j->queries, j->query_kind, i * real + k) * j->scale;
+        for (int k = real; k < padded; k++) to[k] = 0.0f;
+    }
+}
+
 static void worker(void *argument) {
     Job *j = argument;
     const int64_t mine = __atomic_fetch_add(&j->ticket, 1, __ATOMIC_RELAXED);
     if (mine >= j->threads) return; /* the others take its items */
     Scratch s;
     char *base = j->workspace + mine * j->scratch;
-    memset(base, 0, lay_out(j, base, &s)); /* what no token fills must be finite */
+    lay_out(j, base, &s);
 #if TILES
     if (j->products) {
         uint8_t config[64] __attribute__((aligned(64))) = {1};
@@ -571,15 +604,18 @@ int64_t tpa_attend(Job *j, Parallel parallel) {
         if (tokens_of(j, b) > longest) longest = tokens_of(j, b);
     }
     if (!parallel) j->threads = 1;
-    const int64_t wanted = all / (8 * j->threads) / TILE * TILE;
+    const int64_t wanted = all / (16 * j->threads) / TILE * TILE;
     j->chunk = wanted < TILE ? TILE : wanted > 16 * TILE ? 16 * TILE : wanted;
     j->splits = (longest + j->chunk - 1) / j->chunk;
     j->scratch = lay_out(j, NULL, &s);
-    const int64_t bytes = 64 + j->threads * j->scratch + 4 * j->batch * j->splits * partial_size(j);
+    const int64_t partial = j->batch * j->splits * partial_size(j), queries = j->batch * j->heads * j->padded;
+    const int64_t bytes = 64 + j->threads * j->scratch + 4 * (partial + queries);
     if (bytes > j->workspace_bytes) return bytes;
     j->workspace = (char *)aligned((int64_t)j->workspace);
     j->partial = (float *)(j->workspace + j->threads * j->scratch);
+    j->turned = j->partial + partial;
     j->next = j->ticket = 0;
+    lay_out_queries(j);
     for (int64_t b = 0; b < j->batch; b++)
         for (int v = 0; v < 2; v++) {
             const Entry *e = v ? &j->values : &j->keys;

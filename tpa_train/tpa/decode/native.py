@@ -58,7 +58,7 @@ class _Job(ctypes.Structure):
         ("cosine", c_void_p), ("sine", c_void_p), ("bias", c_void_p), ("weight", c_void_p), ("up", c_void_p),
         ("out", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_int64),
         ("keys", _Entry), ("values", _Entry),
-        ("own", c_int64 * 6),
+        ("own", c_int64 * 7),
     ]  # fmt: skip
 
 
@@ -230,6 +230,6 @@ def _tiles(columns: Tensor, parts: int) -> Tensor:
     """[G, r, d] in float32 -> bfloat16 [G, d/32, r/32, parts, 2, 16, 16, 2], as ``multiply_tiles`` reads it."""
     high = columns.to(torch.bfloat16)
     split = [high, (columns - high.float()).to(torch.bfloat16)][:parts]
-    blocks = torch.stack(split, 1).unflatten(-1, (-1, 2, 16)).unflatten(2, (-1, 16, 2))
-    # [G, parts, r/32, 16 pairs, 2, d/32, 2, 16 columns]
-    return blocks.permute(0, 5, 2, 1, 6, 3, 7, 4)
+    blocks = torch.stack(split, 1).unflatten(-1, (-1, 2, 16)).unflatten(2, (-1, 2, 16))
+    # [G, parts, r/32, 2, 16 pairs, d/32, 2, 16 columns]
+    return blocks.permute(0, 5, 2, 1, 6, 4, 7, 3)
