@@ -149,10 +149,9 @@ class KVCache:
             for buffer, new in zip(buffers, packed, strict=True):
                 buffer[:, self.length % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
 
-        stored = tuple(t[:, : self.length + 1] for t in buffers)
         lengths = torch.full((len(queries),), self.length + 1, dtype=torch.int32, device=queries.device)
-        cached = CachedTokens(stored, lengths, self._tables[attention.kind])
-        return attend_new(attention, queries[:, 0], entries, cached, store)[:, None]
+        cached = CachedTokens(buffers, lengths, self._tables[attention.kind])
+        return attend_new(attention, queries[:, 0], entries, cached, store, self.length + 1)[:, None]
 
     def advance(self, count: int) -> None:
         self.length += count

@@ -156,12 +156,9 @@ class DecodeStep:
             for buffer, new in zip(buffers, packed, strict=True):
                 buffer[self.rows, self.starts % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
 
-        stored = buffers
-        if self.longest is not None and self.longest < buffers[0].shape[1]:  # then no ring has come round yet
-            stored = tuple(t[:, : self.longest] for t in buffers)
         rows = None if self.in_order else self.rows
-        cached = CachedTokens(stored, self.lengths, self.cache.tables[attention.kind], rows)
-        return attend_new(attention, queries[:, 0], entries, cached, store)[:, None]
+        cached = CachedTokens(buffers, self.lengths, self.cache.tables[attention.kind], rows)
+        return attend_new(attention, queries[:, 0], entries, cached, store, self.longest)[:, None]
 
     def advance(self, count: int) -> None:
         """Nothing: lengths are the caller's."""

@@ -30,6 +30,7 @@ def attend_new(
     entries: tuple[Tensor, ...],
     cached: CachedTokens,
     store: Callable[[tuple[Tensor, ...]], None],
+    longest: int | None = None,
 ) -> Tensor:
     """Puts one new token a sequence into the cache and attends as ``attend_cached``.
 
@@ -38,11 +39,14 @@ def attend_new(
         entries: of the new tokens, ``attention.write``'s, each [B, 1, ...].
         cached: with room for the new tokens, which its lengths count.
         store: writes what ``attention.pack`` gives for the entries into the buffers of ``cached``.
+        longest: the most tokens of a sequence, where it is known: no others need be read.
     """
-    if _backend(None) == "auto" and native.supported(attention, queries, cached):
-        return native.attend_native(attention, queries, cached, entries)
+    if _backend(None) == "auto":
+        done = native.attend_native(attention, queries, cached, entries)
+        if done is not None:
+            return done
     store(attention.pack(entries))
-    return attend_cached(attention, queries, cached)
+    return attend_cached(attention, queries, cached if longest is None else cached.first(longest))
 
 
 def _backend(name: str | None) -> str:
@@ -66,8 +70,10 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
         UserError: the backend is unknown, or the kernels cannot serve a call that demands them.
     """
     backend = _backend(backend)
-    if backend == "auto" and native.supported(attention, queries, cached):
-        return native.attend_native(attention, queries, cached)
+    if backend == "auto":
+        done = native.attend_native(attention, queries, cached)
+        if done is not None:
+            return done
     if backend == "auto" and cpu.supported(attention, queries):
         return cpu.attend_cpu(attention, queries, cached)
     if backend == "reference" or (backend == "auto" and not queries.is_cuda):

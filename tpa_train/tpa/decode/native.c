@@ -57,17 +57,19 @@ typedef struct {
     const int32_t *lengths;
     const int64_t *rows; /* NULL: sequence i has row i */
     const void *queries;
-    int32_t query_kind, threads;
+    int32_t query_kind, threads; /* kind: 0 or 1 */
     const float *cosine, *sine; /* [positions, dim/2] */
     const float *bias, *weight; /* [groups, padded], [padded] */
     const void *up;             /* products > 0: see multiply_tiles; else float [groups, keys.padded, padded] */
-    float *out;                 /* [batch, heads, values.count] */
+    const void *expand;         /* U of values whose latents are summed, [groups, expanded, values.count], or NULL */
+    int32_t expand_kind, expanded;
+    void *out; /* [batch, heads, expanded, or values.count], in the kind of queries */
     char *workspace;
     int64_t workspace_bytes;
     Entry keys, values;
     /* What follows is the kernel's own. */
     int64_t chunk, splits, next, ticket, scratch;
-    float *partial, *turned;
+    float *partial, *turned, *means;
 } Job;
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -536,21 +538,49 @@ static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
     }
 }
 
+INLINE void deliver(const Job *j, int64_t at, const float *x, int count) {
+    if (j->query_kind == 0) memcpy((float *)j->out + at, x, 4 * (size_t)count);
+    else for (int i = 0; i < count; i++) ((uint16_t *)j->out)[at + i] = to_bfloat(x[i]);
+}
+
+/* Joins the items of a sequence: means [heads, padded] of its values. */
 static void merge(const Job *j, int64_t b) {
     const Entry *values = values_of(j);
     const int64_t splits = (tokens_of(j, b) + j->chunk - 1) / j->chunk, size = partial_size(j);
+    const int padded = values->padded;
     for (int h = 0; h < j->heads; h++) {
-        const float *first = j->partial + b * j->splits * size, *tops = first + j->heads * values->padded + h;
-        float *out = j->out + (b * j->heads + h) * values->count, highest = LOWEST, sum = 0.0f;
-        memset(out, 0, 4 * (size_t)values->count);
+        const float *first = j->partial + b * j->splits * size, *tops = first + j->heads * padded + h;
+        float *means = j->means + (b * j->heads + h) * padded, highest = LOWEST, sum = 0.0f;
+        memset(means, 0, 4 * (size_t)padded);
         for (int64_t s = 0; s < splits; s++) highest = tops[s * size] > highest ? tops[s * size] : highest;
         for (int64_t s = 0; s < splits; s++) {
             const float share = exponential(splat(tops[s * size] - highest))[0];
-            const float *sums = first + s * size + h * values->padded;
+            const float *sums = first + s * size + h * padded;
             sum += share * tops[s * size + j->heads];
-            for (int i = 0; i < values->count; i++) out[i] += share * sums[i];
+            for (int i = 0; i < padded; i += LANES) store(means + i, load(means + i) + load(sums + i) * share);
         }
-        for (int i = 0; i < values->count && sum > 0.0f; i++) out[i] /= sum;
+        for (int i = 0; i < padded && sum > 0.0f; i += LANES) store(means + i, load(means + i) / sum);
+        memset(means + values->count, 0, 4 * (size_t)(padded - values->count));
+        if (!j->expand) deliver(j, (b * j->heads + h) * values->count, means, values->count);
+    }
+}
+
+/* Expands means with the i-th TILE rows of U: they are to the means what keys are to queries. */
+static void expand(const Job *j, int64_t i, const Scratch *s) {
+    const Entry *values = values_of(j);
+    const int blocks = (j->expanded + TILE - 1) / TILE, g = i / blocks, e = i % blocks * TILE, share = j->heads / j->groups;
+    const int n = j->expanded - e < TILE ? j->expanded - e : TILE, stride = stride_of(values), count = values->count;
+    for (int r = 0; r < n; r++) {
+        float *row = s->latents + r * stride;
+        const int64_t first = ((int64_t)g * j->expanded + e + r) * count;
+        if (j->expand_kind == 0) memcpy(row, (const float *)j->expand + first, 4 * (size_t)count);
+        else for (int k = 0; k < count; k++) row[k] = number(j->expand, j->expand_kind, first + k);
+        memset(row + count, 0, 4 * (size_t)(values->padded - count));
+    }
+    for (int64_t b = 0; b < j->batch; b++) {
+        const int64_t head = b * j->heads + g * share;
+        score(j->means + head * values->padded, share, values->padded, s->latents, stride, s->scores);
+        for (int h = 0; h < share; h++) deliver(j, (head + h) * j->expanded + e, s->scores + h * TILE, n);
     }
 }
 
@@ -564,13 +594,12 @@ static void lay_out_queries(const Job *j) {
     }
 }
 
-static void worker(void *argument) {
+static void attend_items(void *argument) {
     Job *j = argument;
     const int64_t mine = __atomic_fetch_add(&j->ticket, 1, __ATOMIC_RELAXED);
     if (mine >= j->threads) return; /* the others take its items */
     Scratch s;
-    char *base = j->workspace + mine * j->scratch;
-    lay_out(j, base, &s);
+    lay_out(j, j->workspace + mine * j->scratch, &s);
 #if TILES
     if (j->products) {
         uint8_t config[64] __attribute__((aligned(64))) = {1};
@@ -584,6 +613,22 @@ static void worker(void *argument) {
 #if TILES
     if (j->products) _tile_release();
 #endif
+}
+
+static void expand_items(void *argument) {
+    Job *j = argument;
+    const int64_t mine = __atomic_fetch_add(&j->ticket, 1, __ATOMIC_RELAXED);
+    if (mine >= j->threads) return;
+    Scratch s;
+    lay_out(j, j->workspace + mine * j->scratch, &s);
+    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->groups * ((j->expanded + TILE - 1) / TILE);)
+        expand(j, i, &s);
+}
+
+static void run(Job *j, void (*items)(void *), Parallel parallel) {
+    j->next = j->ticket = 0;
+    if (j->threads > 1) parallel(items, j, j->threads, 0);
+    else items(j);
 }
 
 /* Returns whether bfloat16 tiles may be used: the operating system grants their registers on demand. */
@@ -604,18 +649,17 @@ int64_t tpa_attend(Job *j, Parallel parallel) {
         if (tokens_of(j, b) > longest) longest = tokens_of(j, b);
     }
     if (!parallel) j->threads = 1;
-    const int64_t wanted = all / (16 * j->threads) / TILE * TILE;
-    j->chunk = wanted < TILE ? TILE : wanted > 16 * TILE ? 16 * TILE : wanted;
+    const int64_t wanted = all / (4 * j->threads) / TILE * TILE;
+    j->chunk = wanted < TILE ? TILE : wanted > 8 * TILE ? 8 * TILE : wanted;
     j->splits = (longest + j->chunk - 1) / j->chunk;
     j->scratch = lay_out(j, NULL, &s);
     const int64_t partial = j->batch * j->splits * partial_size(j), queries = j->batch * j->heads * j->padded;
-    const int64_t bytes = 64 + j->threads * j->scratch + 4 * (partial + queries);
+    const int64_t means = j->batch * j->heads * values_of(j)->padded;
+    const int64_t bytes = 64 + j->threads * j->scratch + 4 * (partial + queries + means);
     if (bytes > j->workspace_bytes) return bytes;
     j->workspace = (char *)aligned((int64_t)j->workspace);
     j->partial = (float *)(j->workspace + j->threads * j->scratch);
-    j->turned = j->partial + partial;
-    j->next = j->ticket = 0;
-    lay_out_queries(j);
+    j->turned = j->partial + partial, j->means = j->turned + queries;
     for (int64_t b = 0; b < j->batch; b++)
         for (int v = 0; v < 2; v++) {
             const Entry *e = v ? &j->values : &j->keys;
@@ -623,8 +667,9 @@ int64_t tpa_attend(Job *j, Parallel parallel) {
             for (int r = 0; r < e->rows && e->news && j->lengths[b]; r++)
                 pack(e, b, row, (j->lengths[b] - 1) % j->slots, r);
         }
-    if (j->threads > 1 && j->batch * j->splits > 1) parallel(worker, j, j->threads, 0);
-    else worker(j);
+    lay_out_queries(j);
+    run(j, attend_items, parallel);
     for (int64_t b = 0; b < j->batch; b++) merge(j, b);
+    if (j->expand) run(j, expand_items, parallel);
     return 0;
 }

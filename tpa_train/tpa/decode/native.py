@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
+from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import compiled
@@ -56,61 +57,62 @@ class _Job(ctypes.Structure):
         ("scale", c_float), ("eps", c_float),
         ("lengths", c_void_p), ("rows", c_void_p), ("queries", c_void_p), ("query_kind", c_int32), ("threads", c_int32),
         ("cosine", c_void_p), ("sine", c_void_p), ("bias", c_void_p), ("weight", c_void_p), ("up", c_void_p),
-        ("out", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_int64),
+        ("expand", c_void_p), ("expand_kind", c_int32), ("expanded", c_int32), ("out", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_int64),
         ("keys", _Entry), ("values", _Entry),
-        ("own", c_int64 * 7),
+        ("own", c_int64 * 8),
     ]  # fmt: skip
 
 
-def supported(attention: Attention, queries: Tensor, cached: CachedTokens) -> bool:
-    """Returns whether the kernel can take this call; queries must need no gradient. May compile the kernel."""
+def attend_native(
+    attention: Attention, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None = None
+) -> Tensor | None:
+    """Attends as ``decode.attend_cached`` says: [B, H, d] -> [B, H, e]; None, and nothing done, where it cannot.
+
+    It cannot where there is no compiler, where gradients are wanted, or for other forms and types. ``news``: the newest
+    token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it.
+    """
     if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.bfloat16):
-        return False
+        return None
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and queries.requires_grad:
-        return False
+        return None
+    plan = _plan(attention)
+    return None if plan is None else plan.attend(queries, cached, news)
+
+
+_plans: WeakKeyDictionary[Attention, Plan | None] = WeakKeyDictionary()
+
+
+def _plan(attention: Attention) -> Plan | None:
+    """Returns the layer's plan, made anew when its factors or the wanted precision have changed; None: not served."""
+    known = _plans.get(attention)
+    if known is not None and known.state == _state(attention):
+        return known
+    if not _served(attention) or compiled.library() is None:
+        return None
+    plan = _plans[attention] = Plan(attention)
+    return plan
+
+
+def _served(attention: Attention) -> bool:
     if not isinstance(attention, FactorizedAttention) or not isinstance(attention.keys, _KEYS):
         return False
-    if not isinstance(attention.values, _VALUES) or isinstance(attention.keys, DenseKeys) and attention.entries[0].exact:
+    if not isinstance(attention.values, _VALUES) or any(len(e.segments) > MAX_SEGMENTS for e in attention.entries):
         return False
-    if any(len(entry.segments) > MAX_SEGMENTS for entry in attention.entries):
-        return False
-    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in cached.rotary):
-        return False
-    if any(t.dtype not in (*KINDS, torch.uint8) or t.stride(-1) != 1 for t in cached.stored):
-        return False
-    return compiled.library() is not None
+    # Unrounded keys are what library kernels are for.
+    return not (isinstance(attention.keys, DenseKeys) and attention.entries[0].exact)
 
 
-@torch.no_grad()
-def attend_native(
-    attention: FactorizedAttention, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None = None
-) -> Tensor:
-    """See ``decode.attend_cached`` and ``attend_new``: [B, H, d] -> [B, H, e]. Only where ``supported``.
-
-    ``news``: the newest token's entries, which are packed into the cache first; None: they are there.
-    """
-    plan = _plan(attention)
-    sums = plan.attend(queries, cached, news)
-    if isinstance(attention.values, JointValues):
-        up = attention.values.up.detach()
-        heads = sums.unflatten(1, (plan.groups, -1)).to(up.dtype)  # [B, G, H/G, r]
-        sums = (heads @ up.mT).flatten(1, 2)
-    return sums.to(queries.dtype)
+def _precision() -> str:
+    return getattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
 
 
-_plans: WeakKeyDictionary[Attention, tuple[tuple, Plan]] = WeakKeyDictionary()
-
-
-def _plan(attention: FactorizedAttention) -> Plan:
-    """Returns the layer's plan, made anew when its keys' factors or the wanted precision have changed."""
-    precision = getattr(torch.backends.mkldnn.matmul, "fp32_precision", "none")
-    state = (precision,) + tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in attention.keys.parameters(recurse=True)
-    )
-    known = _plans.get(attention)
-    if known is None or known[0] != state:
-        known = _plans[attention] = (state, Plan(attention, exact=precision != "bf16"))
-    return known[1]
+def _state(attention: FactorizedAttention) -> tuple:
+    """Returns what a plan is made of, in a form that differs when it does."""
+    keys, values = attention.keys, attention.values
+    parameters = () if isinstance(keys, DenseKeys) else (keys.up, keys.center, keys.norm.weight)
+    if isinstance(values, JointValues):
+        parameters += (values.up,)
+    return _precision(), *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters)
 
 
 class _Workspace(threading.local):
@@ -128,51 +130,63 @@ _workspace = _Workspace()
 
 
 class Plan:
-    """What does not change between steps of one layer; ``exact``: whether float32 weights get float32 products."""
+    """What does not change between steps of one layer."""
 
-    def __init__(self, attention: FactorizedAttention, exact: bool) -> None:
-        config, keys, entries = attention.config, attention.keys, attention.entries
-        self.groups, self.joint = config.num_kv_heads, isinstance(attention.values, JointValues)
-        self.heads, self.count = config.num_heads, entries[0 if self.joint else -1].count
+    def __init__(self, attention: FactorizedAttention) -> None:
+        config, keys, values, entries = attention.config, attention.keys, attention.values, attention.entries
+        self.state, self.heads, self.joint = _state(attention), config.num_heads, isinstance(values, JointValues)
+        self.width = config.head_dim if self.joint else entries[-1].count
         self.job = job = _Job(
-            heads=config.num_heads, groups=self.groups, dim=config.head_dim, scale=config.scale, eps=config.rms_norm_eps,
-            normed=isinstance(keys, JointKeys), rebuilt=not isinstance(keys, DenseKeys), joint=self.joint,
+            heads=config.num_heads, groups=config.num_kv_heads, dim=config.head_dim, scale=config.scale,
+            eps=config.rms_norm_eps, normed=isinstance(keys, JointKeys), rebuilt=not isinstance(keys, DenseKeys),
+            joint=self.joint,
         )  # fmt: skip
         self.key_shapes = _lay_out(job.keys, entries[0])
         if not self.joint:
             self.value_shapes = _lay_out(job.values, entries[-1])
+        else:
+            self.expand = values.up.detach().contiguous()
+            job.expand, job.expand_kind, job.expanded = self.expand.data_ptr(), KINDS[self.expand.dtype], self.width
         job.padded = job.keys.padded
-        if not job.rebuilt:
-            return
+        if job.rebuilt:
+            self._prepare_keys(config, keys)
+
+    def _prepare_keys(self, config: Gemma3Config, keys: LatentKeys | JointKeys) -> None:
+        """Lays out U, the norm's weight and the center's key."""
+        job, groups = self.job, config.num_kv_heads
         dtype = accumulation_dtype(keys.up.dtype)
         half = -(-config.head_dim // PADDING) * PADDING // 2
         job.padded = 2 * half
         up, center, weight = (p.detach().to(dtype) for p in (keys.up, keys.center, keys.norm.weight))
-        up, weight = up.expand(self.groups, -1, -1), 1.0 + weight  # some forms have one U for all heads
+        up, weight = up.expand(groups, -1, -1), 1.0 + weight  # some forms have one U for all heads
         if not job.normed:  # the norm is in the latent already
             up, weight = up * weight[:, None], torch.ones_like(weight)
-        bias = torch.einsum("gdr,gr->gd", up, center.expand(self.groups, -1))
+        bias = torch.einsum("gdr,gr->gd", up, center.expand(groups, -1))
         self.bias, self.weight = (_halves(t.float(), half).contiguous() for t in (bias, weight))
-        columns = up.new_zeros(self.groups, job.keys.padded, job.padded, dtype=torch.float32)
+        columns = up.new_zeros(groups, job.keys.padded, job.padded, dtype=torch.float32)
         columns[:, : up.shape[-1]] = _halves(up.mT.float(), half)
         if compiled.has_tiles():
-            job.products = 3 if exact and keys.up.dtype != torch.bfloat16 else 1
+            job.products = 1 if keys.up.dtype == torch.bfloat16 or _precision() == "bf16" else 3
             columns = _tiles(columns, 2 if job.products > 1 else 1)
         self.up = columns.contiguous()
         job.bias, job.weight, job.up = (t.data_ptr() for t in (self.bias, self.weight, self.up))
 
-    def attend(self, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Returns means [B, H, count] of the value entry under attention, float32."""
-        job = _Job.from_buffer_copy(self.job)  # of this call: layers may be shared by threads
-        _point(job.keys, self.key_shapes, cached.stored[: self.key_shapes.tensors])
-        if not self.joint:
-            _point(job.values, self.value_shapes, cached.stored[self.key_shapes.tensors :])
-        queries, lengths = queries.contiguous(), cached.lengths.to(torch.int32).contiguous()
-        rows = None if cached.rows is None else cached.rows.to(torch.int64).contiguous()
+    def attend(self, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None) -> Tensor | None:
+        """See ``attend_native``."""
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in cached.rotary):
+            return None
+        job = _Job.from_buffer_copy(self.job)  # of this call: threads may share a layer
+        count = self.key_shapes.tensors
+        if not _point(job.keys, self.key_shapes, cached.stored[:count]):
+            return None
+        if not self.joint and not _point(job.values, self.value_shapes, cached.stored[count:]):
+            return None
         news = () if news is None else tuple(t.contiguous() for t in news)
         for entry, t in zip((job.keys, job.values), news, strict=False):
             entry.news, entry.news_kind = t.data_ptr(), KINDS[t.dtype]
-        out = queries.new_empty(len(queries), self.heads, self.count, dtype=torch.float32)
+        queries, lengths = queries.contiguous(), cached.lengths.to(torch.int32).contiguous()
+        rows = None if cached.rows is None else cached.rows.to(torch.int64).contiguous()
+        out = queries.new_empty(len(queries), self.heads, self.width)
         job.batch, job.slots, job.threads = len(queries), cached.slots, torch.get_num_threads()
         job.lengths, job.rows = lengths.data_ptr(), None if rows is None else rows.data_ptr()
         job.queries, job.query_kind, job.out = queries.data_ptr(), KINDS[queries.dtype], out.data_ptr()
@@ -209,16 +223,19 @@ def _lay_out(target: _Entry, entry: Entry) -> _Shapes:
     return _Shapes(places)
 
 
-def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> None:
-    """Has ``target`` point to the tensors [rows, slots, heads, n] of its entry."""
+def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> bool:
+    """Has ``target`` point to the tensors [rows, slots, heads, n] of its entry; False: of no kind that is read."""
     for (index, scales), t in zip(shapes.places, stored, strict=True):
-        segment, size, strides = target.segment[index], t.element_size(), t.stride()
+        segment, size, (row, token, head, *inner) = target.segment[index], t.element_size(), t.stride()
+        kind = 0 if t.dtype == torch.uint8 else KINDS.get(t.dtype)
+        if kind is None or inner[-1] != 1:
+            return False
         if scales:
-            segment.scales, strides = t.data_ptr(), t.stride()[:3]
-            segment.strides[3:] = [size * s for s in strides]
+            segment.scales, segment.strides[3:] = t.data_ptr(), (size * row, size * token, size * head)
         else:
-            segment.codes, segment.kind = t.data_ptr(), KINDS.get(t.dtype, 0)
-            segment.strides[:3] = [size * s for s in strides[:3]]
+            segment.codes, segment.kind = t.data_ptr(), kind
+            segment.strides[:3] = size * row, size * token, size * head
+    return True
 
 
 def _halves(t: Tensor, half: int) -> Tensor:
