@@ -1,8 +1,8 @@
 """One step of decoding: attention of one new query a sequence on everything that its layer has cached.
 
-``attend_cached`` is the only door. ``reference`` reads the cache with PyTorch, on any device; it defines what is right.
-``cpu`` reads it block by block. On CUDA the Triton kernels of ``kernel`` and ``combine`` read it as it lies: nothing is
-unpacked in memory.
+``attend_new`` and ``attend_cached`` are the only doors. ``reference`` reads the cache with PyTorch, on any device; it
+defines what is right. Kernels read it as it lies, and unpack nothing in memory: on CUDA those of ``kernel`` and
+``combine``, in Triton; on a CPU ``native``, in C, or a library's where keys and values are ``stored`` as they are.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import Attention
-from tpa_train.tpa.decode import cpu, native
 from tpa_train.tpa.decode.cached import CachedTokens
+from tpa_train.tpa.decode.native import attend_native
 from tpa_train.tpa.decode.reference import attend_reference
+from tpa_train.tpa.decode.stored import are_stored, attend_stored, plain
 
 __all__ = ["CachedTokens", "attend_cached", "attend_new"]
 
@@ -42,7 +43,7 @@ def attend_new(
         longest: the most tokens of a sequence, where it is known: no others need be read.
     """
     if _backend(None) == "auto":
-        done = native.attend_native(attention, queries, cached, entries)
+        done = attend_native(attention, queries, cached, entries)
         if done is not None:
             return done
     store(attention.pack(entries))
@@ -63,19 +64,19 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
         attention: the layer's, dense or factorized.
         queries: normalised and rotated, [B, H, d].
         cached: the layer's entries, the new token's among them.
-        backend: "triton", "reference" or "auto": on CUDA the kernels wherever they serve, on a CPU ``cpu`` wherever it
-            does. Left out: what the environment variable ``TPA_DECODE`` says, else "auto".
+        backend: "triton", "reference" or "auto": on CUDA and on a CPU the kernels wherever they serve. Left out: what
+            the environment variable ``TPA_DECODE`` says, else "auto".
 
     Raises:
         UserError: the backend is unknown, or the kernels cannot serve a call that demands them.
     """
     backend = _backend(backend)
     if backend == "auto":
-        done = native.attend_native(attention, queries, cached)
+        done = attend_native(attention, queries, cached)
         if done is not None:
             return done
-    if backend == "auto" and cpu.supported(attention, queries):
-        return cpu.attend_cpu(attention, queries, cached)
+        if plain(queries) and are_stored(attention):
+            return attend_stored(attention, queries, cached)
     if backend == "reference" or (backend == "auto" and not queries.is_cuda):
         return attend_reference(attention, queries, cached)
     reason = "Triton is not installed (its wheels come with CUDA builds of PyTorch)"

@@ -11,31 +11,40 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from tpa_train.errors import UserError
+from tpa_train.evaluation.atomic import replacing
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "native_numbers.h"))
 # Contraction: a product and a sum are rounded once, as everywhere in a matrix product.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 SECONDS = 120  # that compiling may take; it takes one or two
 
 log = logging.getLogger(__name__)
+_lock = threading.Lock()
+
+
+def library() -> ctypes.CDLL | None:
+    """Returns the compiled library, or None where there is none to be had."""
+    with _lock:  # threads must not compile beside each other
+        return _library()
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """Returns the compiled library, or None where there is none to be had."""
+def _library() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+    except (OSError, subprocess.SubprocessError, UserError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        log.warning("decoding on the CPU goes without its compiled kernel: %s", " ".join(detail.split())[:300])
+        log.warning("decoding on the CPU does without its compiled kernel: %s", " ".join(detail.split())[:300])
         return None
     found.tpa_attend.restype = ctypes.c_int64
     return found
@@ -63,22 +72,16 @@ def parallel() -> ctypes.c_void_p:
 def _compiled() -> Path:
     from tpa_train.checkpoints.locate import cache_folder  # its package imports models, which import this one
 
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
+    named = shlex.split(os.environ.get("CC", ""))[:1]
+    compiler = next(filter(None, map(shutil.which, (*named, "cc", "gcc", "clang"))), None)
     if compiler is None:
-        raise RuntimeError("there is no C compiler (cc, gcc or clang, or the variable CC)")
-    version = _output(compiler, "--version")
-    key = hashlib.sha256("\0".join((version, _cpu(), *FLAGS)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+        raise UserError("there is no C compiler (cc, gcc or clang, or what the variable CC names).")
+    identity = "\0".join((_output(compiler, "--version"), _cpu(), *FLAGS)).encode()
+    key = hashlib.sha256(b"\0".join((identity, *(source.read_bytes() for source in SOURCES)))).hexdigest()[:16]
     target = cache_folder() / "native" / f"decode-{key}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may do the same: each has its own file until it is whole.
-        handle, temporary = tempfile.mkstemp(".so", ".decode-", target.parent)
-        os.close(handle)
-        try:
-            _output(compiler, *FLAGS, str(SOURCE), "-o", temporary)
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(target, ".so") as temporary:
+            _output(compiler, *FLAGS, str(SOURCES[0]), "-o", str(temporary))
     return target
 
 
@@ -92,4 +95,5 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine() + platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}))
+    named = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)}))

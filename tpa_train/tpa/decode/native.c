@@ -1,21 +1,17 @@
 /* Decoding attention on a CPU, in one pass over a packed cache: see native.py, which compiles and calls this.
 
-   A work item is a run of tokens of one sequence. It takes TILE tokens at a time: unpacks their cached numbers, rebuilds
-   their keys (U times latents), normalises and rotates them, scores them for all heads, and adds their values (or
-   latents) to sums under an online softmax (arXiv:1805.02867). `merge` joins the items of a sequence.
+   A work item is a run of tokens of one sequence. It takes TILE tokens at a time: unpacks their cached numbers,
+   rebuilds their keys (U times latents), normalises and rotates them, scores them for all heads, and adds their values
+   (or latents) to sums under an online softmax (arXiv:1805.02867). `merge` joins the items of a sequence, `expand`
+   multiplies latent values with their U.
 
    Where the CPU has bfloat16 tiles (AMX), a float32 product is three of bfloat16: x = x1 + x2 with both parts in
    bfloat16, x·y = x1·y1 + x1·y2 + x2·y1 up to 2^-17 of |x||y|. Elsewhere products are float32 vectors.
    Padding: numbers of an entry and columns of a key are padded to multiples of 32 with zeros in U and in queries, so
    that what the padding of an entry holds (finite numbers) does not count. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native_numbers.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
@@ -25,30 +21,9 @@
 #endif
 
 #define TILE 32 /* tokens; two AMX tiles */
-#define GROUP 32
-#define LANES 16
-#define MAX_SEGMENTS 64
 #define LOWEST -3.0e38f
-#define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
-
-/* Mirrored field by field in native.py. Strides are in bytes. kinds: 0 float32, 1 bfloat16, 2 float16. */
-typedef struct {
-    char *codes, *scales; /* scales: of rounded segments */
-    int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
-    int32_t start, count, bits, kind;
-} Segment;
-
-typedef struct {
-    int32_t rows, count, segments, padded; /* rows of one token; padded: count, to a multiple of 32 */
-    const char *news; /* the newest token of every sequence, [batch, rows, count], to be packed first; or NULL */
-    int64_t news_kind;
-    Segment segment[MAX_SEGMENTS];
-} Entry;
-
+/* Mirrored field by field in native.py. */
 typedef struct {
     int64_t batch, slots;
     int32_t heads, groups, dim, padded; /* padded: of a key, 2 · (dim/2 to a multiple of 16), or the entry's own */
@@ -74,208 +49,11 @@ typedef struct {
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-INLINE float as_float(uint32_t w) {
-    float f;
-    memcpy(&f, &w, 4);
-    return f;
-}
-
-/* Without float16 arithmetic, so that every compiler makes vectors of it; infinities are never stored. */
-INLINE float from_half(uint16_t h) {
-    const uint32_t w = (uint32_t)(h & 0x7fff) << 13;
-    const float small = as_float(w + (113u << 23)) - 0x1p-14f, normal = as_float(w + (112u << 23));
-    const float f = h & 0x7c00 ? normal : small;
-    return h & 0x8000 ? -f : f;
-}
-
-INLINE float number(const void *p, int kind, int64_t i) {
-    if (kind == 0) return ((const float *)p)[i];
-    const uint16_t h = ((const uint16_t *)p)[i];
-    return kind == 1 ? as_float((uint32_t)h << 16) : from_half(h);
-}
-
-INLINE vec splat(float f) { return f - (vec){0}; }
-INLINE vec load(const float *p) { return *(const vec *)p; }
-INLINE void store(float *p, vec v) { *(vec *)p = v; }
-
-#ifdef __clang__
-#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define PERMUTED(v, ...) __builtin_shuffle(v, (ivec){__VA_ARGS__})
-#endif
-
-INLINE float total(vec v) {
-    v += PERMUTED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += PERMUTED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += PERMUTED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return v[0] + v[1];
-}
-
-INLINE vec larger(vec a, vec b) { return (vec)(((ivec)a & (a > b)) | ((ivec)b & ~(a > b))); }
-
-/* e^x for x ≤ 0, to 2 units in the last place; 0 below -87. */
-INLINE vec exponential(vec x) {
-    vec y = larger(x, splat(-87.0f));
-    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    p = (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
-    return (vec)((ivec)p & (x > -87.0f));
-}
-
-/* ---- Unpacking ---- */
-
-/* Writes the codes in `size` bytes, of a little-endian stream of `bits`-bit numbers. */
-INLINE void spread(const uint8_t *p, int size, const int bits, uint8_t *codes) {
-    for (int i = 0; i < size * 8 / bits; i++) {
-        const int byte = i * bits / 8, next = 8 % bits && byte + 1 < size ? p[byte + 1] : 0;
-        codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
-    }
-}
-
-/* Numbers of a full group: scale · code + low. */
-INLINE void decode(const uint8_t *p, const int bits, float scale, float low, float *out) {
-#ifdef __AVX512F__ /* compilers take bytes apart one by one */
-    if (8 % bits == 0) {
-        __m128i first, second;
-        const __m128i mask = _mm_set1_epi8((1 << bits) - 1);
-        if (bits == 8) {
-            first = _mm_loadu_si128((const __m128i *)p), second = _mm_loadu_si128((const __m128i *)(p + 16));
-        } else if (bits == 4) {
-            const __m128i b = _mm_loadu_si128((const __m128i *)p);
-            const __m128i even = _mm_and_si128(b, mask), odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
-            first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
-        } else {
-            const __m128i b = _mm_loadl_epi64((const __m128i *)p);
-            const __m128i b0 = _mm_and_si128(b, mask), b1 = _mm_and_si128(_mm_srli_epi16(b, 2), mask);
-            const __m128i b2 = _mm_and_si128(_mm_srli_epi16(b, 4), mask), b3 = _mm_and_si128(_mm_srli_epi16(b, 6), mask);
-            const __m128i low_pairs = _mm_unpacklo_epi8(b0, b1), high_pairs = _mm_unpacklo_epi8(b2, b3);
-            first = _mm_unpacklo_epi16(low_pairs, high_pairs), second = _mm_unpackhi_epi16(low_pairs, high_pairs);
-        }
-        store(out, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(first)) * scale + low);
-        store(out + LANES, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(second)) * scale + low);
-        return;
-    }
-#endif
-    uint8_t codes[GROUP];
-    spread(p, GROUP / 8 * bits, bits, codes);
-    for (int i = 0; i < GROUP; i++) out[i] = codes[i] * scale + low;
-}
-
-/* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
-INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, const int bits, float *out) {
-    const int size = GROUP / 8 * bits; /* of a group, in bytes */
-    for (int first = 0; first < count; first += 8 * GROUP, scales += 16) {
-        const int some = count - first < 8 * GROUP ? count - first : 8 * GROUP, groups = (some + GROUP - 1) / GROUP;
-        float pairs[16];
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-        store(pairs, (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << 2 * groups) - 1, scales)));
-#else
-        for (int i = 0; i < 2 * groups; i++) pairs[i] = from_half(scales[i]);
-#endif
-        for (int g = 0; g < groups; g++, p += size, out += GROUP) {
-            uint8_t part[GROUP] = {0};
-            const int left = some - g * GROUP;
-            if (left < GROUP) memcpy(part, p, (left * bits + 7) / 8);
-            decode(left < GROUP ? part : p, bits, pairs[2 * g], pairs[2 * g + 1], out);
-        }
-    }
-}
-
-INLINE int stride_of(const Entry *e) { return e->padded + LANES; } /* no two rows in the same sets of a cache */
-
-/* Writes row r of one token's numbers into `out`. */
-static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out) {
-    for (int s = 0; s < e->segments; s++) {
-        const Segment *g = &e->segment[s];
-        const void *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
-        const void *scales = g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head;
-        float *to = out + g->start;
-        switch (g->bits) {
-        case 2: unpack_groups(codes, scales, g->count, 2, to); break;
-        case 3: unpack_groups(codes, scales, g->count, 3, to); break;
-        case 4: unpack_groups(codes, scales, g->count, 4, to); break;
-        case 6: unpack_groups(codes, scales, g->count, 6, to); break;
-        case 8: unpack_groups(codes, scales, g->count, 8, to); break;
-        default:
-            if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
-            else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
-            else for (int i = 0; i < g->count; i++) to[i] = number(codes, 2, i);
-            for (int i = g->count; i % GROUP; i++) to[i] = 0.0f;
-        }
-    }
-}
-
-/* ---- Packing: as quantization.quantize and pack_codes do, to the bit ---- */
-
-/* Rounds to the nearest, to even in a tie, as do the following. */
-INLINE uint16_t to_half(float f) {
-    uint32_t w;
-    memcpy(&w, &f, 4);
-    const uint32_t sign = w >> 16 & 0x8000, size = w & 0x7fffffff;
-    if (size >= 0x477ff000) return sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00);
-    if (size < 0x38800000) return sign | (uint32_t)__builtin_rintf(as_float(size) * 0x1p24f);
-    return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
-}
-
-INLINE uint16_t to_bfloat(float f) {
-    uint32_t w;
-    memcpy(&w, &f, 4);
-    return f != f ? 0x7fc0 : (w + 0x7fff + (w >> 16 & 1)) >> 16;
-}
-
-static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint16_t *pair) {
-    float low = x[0], high = x[0];
-    const int levels = (1 << bits) - 1;
-    for (int i = 1; i < count; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
-    low = low < -6e4f ? -6e4f : low > 6e4f ? 6e4f : low;
-    pair[1] = to_half(low), low = from_half(pair[1]);
-    float scale = (high - low) / levels;
-    scale = scale < 6e-8f ? 6e-8f : scale > 6e4f ? 6e4f : scale;
-    pair[0] = to_half(scale), scale = from_half(pair[0]);
-    memset(codes, 0, (count * bits + 7) / 8);
-    for (int i = 0; i < count; i++) {
-        const float step = __builtin_rintf((x[i] - low) / scale);
-        const unsigned code = !(step > 0) ? 0 : step > levels ? levels : (int)step, shift = i * bits % 8;
-        codes[i * bits / 8] |= code << shift;
-        if (shift + bits > 8) codes[i * bits / 8 + 1] |= code >> (8 - shift);
-    }
-}
-
-/* Packs row r of sequence b's newest token to slot `token` of buffer row `row`. */
-static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
-    for (int s = 0; s < e->segments; s++) {
-        const Segment *g = &e->segment[s];
-        char *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
-        const int64_t first = (b * e->rows + r) * e->count + g->start;
-        if (g->bits == 16) {
-            for (int i = 0; i < g->count; i++) {
-                const float x = number(e->news, e->news_kind, first + i);
-                if (g->kind == 0) ((float *)codes)[i] = x;
-                else ((uint16_t *)codes)[i] = g->kind == 1 ? to_bfloat(x) : to_half(x);
-            }
-            continue;
-        }
-        uint16_t *pair = (uint16_t *)(g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head);
-        for (int i = 0; i < g->count; i += GROUP, pair += 2) {
-            float x[GROUP];
-            const int some = g->count - i < GROUP ? g->count - i : GROUP;
-            for (int k = 0; k < some; k++) x[k] = number(e->news, e->news_kind, first + i + k);
-            pack_group(x, some, g->bits, (uint8_t *)codes + i / 8 * g->bits, pair);
-        }
-    }
-}
-
 /* ---- Keys ---- */
 
 #if TILES
 /* Splits one token's latents, the t-th of tiles [steps, parts, 2, 16 tokens, 16 pairs] of bfloat16. Numbers i and
-   i + 16 of a step are a pair: so they are joined by a shift. Bits are rounded by adding half of the last one. */
+   i + 16 of a step are a pair, so that a shift joins them. Rounding adds half of the last bit that stays. */
 static void split(const float *latents, int t, int steps, int parts, uint16_t *tiles) {
     uint16_t *to = tiles + t / 16 * 512 + t % 16 * 32;
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
@@ -291,15 +69,15 @@ static void split(const float *latents, int t, int steps, int parts, uint16_t *t
     }
 }
 
-#define MULTIPLY_FOUR()                                                                                                \
-    do {                                                                                                               \
-        _tile_dpbf16ps(0, 4, 6);                                                                                       \
-        _tile_dpbf16ps(1, 4, 7);                                                                                       \
-        _tile_dpbf16ps(2, 5, 6);                                                                                       \
-        _tile_dpbf16ps(3, 5, 7);                                                                                       \
+#define MULTIPLY_FOUR() \
+    do { \
+        _tile_dpbf16ps(0, 4, 6); \
+        _tile_dpbf16ps(1, 4, 7); \
+        _tile_dpbf16ps(2, 5, 6); \
+        _tile_dpbf16ps(3, 5, 7); \
     } while (0)
 
-/* keys [TILE, padded] of latents in tiles and U in tiles [padded/32, steps, parts, 2, 16 pairs of numbers, 16 columns, 2]. */
+/* keys [TILE, padded] of latents in tiles and of U in tiles [padded/32, steps, parts, 2, 16 pairs, 16 columns, 2]. */
 static void multiply_tiles(const uint16_t *latents, const uint16_t *up, int steps, int parts, int padded, float *keys) {
     __asm__ volatile("" ::: "memory"); /* compilers do not know that a tile's load reads memory */
     for (int c = 0; c < padded; c += 32) {
@@ -402,8 +180,10 @@ static void score(const float *q, int heads, int padded, const float *keys, int 
 
 /* ---- Values ---- */
 
-/* sums [heads, padded] = sums · keep[heads] + weights [heads, TILE] times values [TILE, stride]; `heads` a constant. */
-INLINE void add_heads(const float *w, const float *keep, const float *v, int stride, int padded, float *sums, const int heads) {
+/* sums [heads, padded] = sums · keep [heads] + weights [heads, TILE] times values [TILE, stride]; `heads` a constant. */
+INLINE void add_heads(
+    const float *w, const float *keep, const float *v, int stride, int padded, float *sums, const int heads
+) {
     for (int c = 0; c < padded; c += 2 * LANES) {
         vec sum[4][2];
         for (int h = 0; h < heads; h++)
@@ -422,6 +202,23 @@ static void add(const float *w, const float *keep, int heads, const float *v, in
     for (; h + 4 <= heads; h += 4) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 4);
     for (; h + 2 <= heads; h += 2) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 2);
     if (h < heads) add_heads(w + h * TILE, keep + h, v, stride, padded, sums + h * padded, 1);
+}
+
+INLINE vec larger(vec a, vec b) { return (vec)(((ivec)a & (a > b)) | ((ivec)b & ~(a > b))); }
+
+/* e^x for x ≤ 0, to 2 units in the last place; 0 below -87. */
+INLINE vec exponential(vec x) {
+    vec y = larger(x, splat(-87.0f));
+    vec n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    p = (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
+    return (vec)((ivec)p & (x > -87.0f));
 }
 
 /* Turns scores [TILE] into weights under the highest score so far; returns what earlier sums keep. */
@@ -518,18 +315,17 @@ static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
     memset(sums, 0, 4 * partial_size(j));
     for (int h = 0; h < j->heads; h++) top[h] = LOWEST;
     float *keep = s->scores + j->heads * TILE;
+    const int share = j->heads / values->rows, stride = stride_of(values);
     for (int64_t t = start; t < stop; t += TILE) {
         const int n = stop - t < TILE ? stop - t : TILE;
         read_tile(j, s, row, t, n);
-        if (n < TILE) /* what has no weight must be finite */
-            for (int r = 0; r < values->rows; r++)
-                memset(s->values + (int64_t)(r * TILE + n) * stride_of(values), 0, 4 * (size_t)(TILE - n) * stride_of(values));
+        for (int r = 0; r < values->rows; r++) /* what has no weight must be finite */
+            memset(s->values + (int64_t)(r * TILE + n) * stride, 0, 4 * (size_t)(TILE - n) * stride);
         score_tile(j, s, b, base + t, length > j->slots ? cut - t : TILE, n);
         for (int h = 0; h < j->heads; h++) {
             for (int i = n; i < TILE; i++) s->scores[h * TILE + i] = LOWEST;
             keep[h] = soften(s->scores + h * TILE, top + h, top + j->heads + h);
         }
-        const int share = j->heads / values->rows, stride = stride_of(values);
         for (int r = 0; r < values->rows; r++) {
             const float *v = s->values + (int64_t)r * TILE * stride;
             const int h = r * share;
@@ -568,7 +364,8 @@ static void merge(const Job *j, int64_t b) {
 /* Expands means with the i-th TILE rows of U: they are to the means what keys are to queries. */
 static void expand(const Job *j, int64_t i, const Scratch *s) {
     const Entry *values = values_of(j);
-    const int blocks = (j->expanded + TILE - 1) / TILE, g = i / blocks, e = i % blocks * TILE, share = j->heads / j->groups;
+    const int blocks = (j->expanded + TILE - 1) / TILE, g = i / blocks, e = i % blocks * TILE;
+    const int share = j->heads / j->groups;
     const int n = j->expanded - e < TILE ? j->expanded - e : TILE, stride = stride_of(values), count = values->count;
     for (int r = 0; r < n; r++) {
         float *row = s->latents + r * stride;
@@ -621,8 +418,8 @@ static void expand_items(void *argument) {
     if (mine >= j->threads) return;
     Scratch s;
     lay_out(j, j->workspace + mine * j->scratch, &s);
-    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->groups * ((j->expanded + TILE - 1) / TILE);)
-        expand(j, i, &s);
+    const int64_t items = j->groups * ((j->expanded + TILE - 1) / TILE);
+    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < items;) expand(j, i, &s);
 }
 
 static void run(Job *j, void (*items)(void *), Parallel parallel) {

@@ -1,9 +1,10 @@
 """Decoding attention on the CPU by the compiled kernel of ``native.c``: one pass over the cache as it lies.
 
-It serves keys that are rebuilt from latents (latent, joint, constant B) or stored in few bits, beside values of any of
-these forms, in float32 and bfloat16. Latent values are summed before they are expanded. Keys cost G·d·r operations a
-token, more than everything else; with bfloat16 tiles (AMX) they are products of split numbers, close to float32. Where
-the weights are bfloat16, or ``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves.
+It serves latent and joint keys, of constant B too, and dense ones, with values of any of these forms, at all widths, in
+float32 and bfloat16. Latent values are summed before they are expanded, which costs H·r operations a token in place of
+G·d·r. Keys cost G·d·r, more than everything else together. Where the CPU multiplies bfloat16 in tiles (AMX), they are
+products of numbers split in two, whose error is between float32's and 2^-17. Where the weights are bfloat16, or
+``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import compiled
 from tpa_train.tpa.decode.cached import CachedTokens
+from tpa_train.tpa.decode.stored import are_stored, plain
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointValues, LatentKeys, LatentValues
 
@@ -57,7 +59,8 @@ class _Job(ctypes.Structure):
         ("scale", c_float), ("eps", c_float),
         ("lengths", c_void_p), ("rows", c_void_p), ("queries", c_void_p), ("query_kind", c_int32), ("threads", c_int32),
         ("cosine", c_void_p), ("sine", c_void_p), ("bias", c_void_p), ("weight", c_void_p), ("up", c_void_p),
-        ("expand", c_void_p), ("expand_kind", c_int32), ("expanded", c_int32), ("out", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_int64),
+        ("expand", c_void_p), ("expand_kind", c_int32), ("expanded", c_int32), ("out", c_void_p),
+        ("workspace", c_void_p), ("workspace_bytes", c_int64),
         ("keys", _Entry), ("values", _Entry),
         ("own", c_int64 * 8),
     ]  # fmt: skip
@@ -71,9 +74,7 @@ def attend_native(
     It cannot where there is no compiler, where gradients are wanted, or for other forms and types. ``news``: the newest
     token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it.
     """
-    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled() and queries.requires_grad:
+    if not plain(queries):
         return None
     plan = _plan(attention)
     return None if plan is None else plan.attend(queries, cached, news)
@@ -98,8 +99,7 @@ def _served(attention: Attention) -> bool:
         return False
     if not isinstance(attention.values, _VALUES) or any(len(e.segments) > MAX_SEGMENTS for e in attention.entries):
         return False
-    # Unrounded keys are what library kernels are for.
-    return not (isinstance(attention.keys, DenseKeys) and attention.entries[0].exact)
+    return not are_stored(attention)
 
 
 def _precision() -> str:
