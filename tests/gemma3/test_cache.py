@@ -87,4 +87,5 @@ def test_chunks_in_half_precision_on_a_gpu(chunks):
     cache = model.allocate_cache(2, 300, dtype=torch.bfloat16)
     out = torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1).float()
     exact = random_model(config, dtype=torch.float64).cuda()(ids).float()
-    assert (out - exact).norm() / exact.norm() < 0.05
+    whole = model(ids).float()
+    assert (out - exact).norm() < 1.5 * (whole - exact).norm() < 0.1 * exact.norm()

@@ -57,7 +57,8 @@ def filled(
 ) -> tuple[Tensor, CachedTokens, Tensor]:
     """Returns queries [B, H, d] of each sequence's last token in ``dtype``, what its layer has cached, and its inputs.
 
-    Slots without a token hold 100 (codes: 255), rows that no sequence has as well.
+    Slots without a token hold 10 (codes: 255), rows that no sequence has as well. (Not more: cuDNN's attention hides
+    keys by a finite number, which scores of 1e5 exceed.)
     """
     config = attention.config
     slots = config.cached_tokens(attention.layer, capacity)
@@ -71,7 +72,7 @@ def filled(
     stored = []
     for t in packed:
         kind = dtype if t.dtype == torch.float64 else t.dtype
-        buffer = torch.full((count, slots, *t.shape[2:]), 255 if kind == torch.uint8 else 100.0, dtype=kind)
+        buffer = torch.full((count, slots, *t.shape[2:]), 255 if kind == torch.uint8 else 10.0, dtype=kind)
         for i, length in enumerate(lengths):
             for position in range(max(0, length - slots), length):
                 buffer[i if rows is None else rows[i], position % slots] = t[i, position].to(kind)
