@@ -87,20 +87,21 @@ static void multiply_tiles(const uint16_t *latents, const uint16_t *up, int step
         _tile_zero(2);
         _tile_zero(3);
         for (int k = 0; k < steps; k++, a += parts * 1024, b += parts * 1024) {
-            _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
             _tile_loadd(7, b + 512, 64);
+            if (parts > 1) { /* what is left of the latents first: then eight loads serve twelve products */
+                _tile_loadd(4, a + 1024, 64);
+                _tile_loadd(5, a + 1536, 64);
+                MULTIPLY_FOUR();
+            }
+            _tile_loadd(4, a, 64);
             _tile_loadd(5, a + 512, 64);
             MULTIPLY_FOUR();
-            if (parts == 1) continue;
-            _tile_loadd(6, b + 1024, 64);
-            _tile_loadd(7, b + 1536, 64);
-            MULTIPLY_FOUR();
-            _tile_loadd(6, b, 64);
-            _tile_loadd(7, b + 512, 64);
-            _tile_loadd(4, a + 1024, 64);
-            _tile_loadd(5, a + 1536, 64);
-            MULTIPLY_FOUR();
+            if (parts > 1) {
+                _tile_loadd(6, b + 1024, 64);
+                _tile_loadd(7, b + 1536, 64);
+                MULTIPLY_FOUR();
+            }
         }
         _tile_stored(0, keys + c, 4 * padded);
         _tile_stored(1, keys + c + 16, 4 * padded);
