@@ -42,12 +42,13 @@ def attend_new(
         store: writes what ``attention.pack`` gives for the entries into the buffers of ``cached``.
         longest: the most tokens of a sequence, where it is known: no others need be read.
     """
-    if _backend(None) == "auto":
+    backend = _backend(None)
+    if backend == "auto":
         done = attend_native(attention, queries, cached, entries)
         if done is not None:
             return done
     store(attention.pack(entries))
-    return attend_cached(attention, queries, cached if longest is None else cached.first(longest))
+    return _attend(attention, queries, cached if longest is None else cached.first(longest), backend)
 
 
 def _backend(name: str | None) -> str:
@@ -75,8 +76,13 @@ def attend_cached(attention: Attention, queries: Tensor, cached: CachedTokens, b
         done = attend_native(attention, queries, cached)
         if done is not None:
             return done
-        if plain(queries) and are_stored(attention):
-            return attend_stored(attention, queries, cached)
+    return _attend(attention, queries, cached, backend)
+
+
+def _attend(attention: Attention, queries: Tensor, cached: CachedTokens, backend: str) -> Tensor:
+    """As ``attend_cached``, where ``native`` does not serve."""
+    if backend == "auto" and plain(queries) and are_stored(attention):
+        return attend_stored(attention, queries, cached)
     if backend == "reference" or (backend == "auto" and not queries.is_cuda):
         return attend_reference(attention, queries, cached)
     reason = "Triton is not installed (its wheels come with CUDA builds of PyTorch)"
