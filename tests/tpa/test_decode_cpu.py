@@ -1,5 +1,6 @@
 """Decoding on the CPU gives what the reference gives, for every form, width, length and ring, and packs as it does."""
 
+import ctypes
 import logging
 import os
 
@@ -158,6 +159,11 @@ def test_gradients_and_other_forms_take_the_reference():
         assert native.attend_native(attention, queries, cached) is None
     contextual = _layer(LayerSpec("contextual", 1, "dense", WIDTH), 2, torch.float32)
     assert native.attend_native(contextual, *_cached(contextual, torch.float32, 16, [12])) is None
+
+
+@compiles
+def test_the_struct_is_mirrored():
+    assert compiled.library().tpa_job_bytes() == ctypes.sizeof(native._Job)
 
 
 @compiles

@@ -438,6 +438,9 @@ int tpa_tiles(void) {
 #endif
 }
 
+/* For whoever mirrors the struct. */
+int64_t tpa_job_bytes(void) { return sizeof(Job); }
+
 /* Attends; returns 0, or how many bytes the workspace must have (nothing was done then). */
 int64_t tpa_attend(Job *j, Parallel parallel) {
     int64_t all = 0, longest = 0;

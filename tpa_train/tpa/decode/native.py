@@ -108,11 +108,16 @@ def _precision() -> str:
 
 def _state(attention: FactorizedAttention) -> tuple:
     """Returns what a plan is made of, in a form that differs when it does."""
-    keys, values = attention.keys, attention.values
-    parameters = () if isinstance(keys, DenseKeys) else (keys.up, keys.center, keys.norm.weight)
+    # Dictionaries, not attributes: modules look those up slowly, and this is asked for at every step of every layer.
+    parts = attention._modules
+    keys, values = parts["keys"], parts["values"]
+    parameters = []
+    if not isinstance(keys, DenseKeys):
+        own = keys._parameters
+        parameters += (own["up"], own["center"], keys._modules["norm"]._parameters["weight"])
     if isinstance(values, JointValues):
-        parameters += (values.up,)
-    return _precision(), *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters)
+        parameters.append(values._parameters["up"])
+    return _precision(), *[(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
 
 
 class _Workspace(threading.local):
