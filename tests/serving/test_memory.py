@@ -13,7 +13,7 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
 from tpa_train.memory_trace import LiveBytes
 from tpa_train.serving import Engine, memory
-from tpa_train.tpa.decode import cpu
+from tpa_train.tpa.decode import native
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
 
@@ -25,7 +25,7 @@ def roomier(model, rows):
     assert engine.cache.nbytes == memory.slot_bytes(model, rows, context, model.head_weight.dtype)
     for i in range(rows):
         engine.submit([2, *[5 + i] * 90], 4, temperature=1.0, top_p=0.9, repetition_penalty=1.1)
-    cpu._workspace.flat.clear()  # what larger models of other tests left
+    native._workspace.memory = None  # what larger models of other tests left
     with LiveBytes() as live:
         engine.run()
     return live.peak / memory.workspace_bytes(model, rows, context, chunk)

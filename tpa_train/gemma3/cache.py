@@ -141,15 +141,17 @@ class KVCache:
 
     def _attend_one(self, attention: Attention, queries: Tensor, entries: tuple[Tensor, ...]) -> Tensor:
         """As ``attend``, of one token a sequence: it sees every entry, since a ring holds no older than the window."""
-        from tpa_train.tpa.decode import CachedTokens, attend_cached  # its forms are built on this package
+        from tpa_train.tpa.decode import CachedTokens, attend_new  # its forms are built on this package
 
         buffers = self.buffers[attention.layer]
-        for buffer, new in zip(buffers, attention.pack(entries), strict=True):
-            buffer[:, self.length % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
-        stored = tuple(t[:, : self.length + 1] for t in buffers)
+
+        def store(packed: tuple[Tensor, ...]) -> None:
+            for buffer, new in zip(buffers, packed, strict=True):
+                buffer[:, self.length % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
+
         lengths = torch.full((len(queries),), self.length + 1, dtype=torch.int32, device=queries.device)
-        cached = CachedTokens(stored, lengths, self._tables[attention.kind])
-        return attend_cached(attention, queries[:, 0], cached)[:, None]
+        cached = CachedTokens(buffers, lengths, self._tables[attention.kind])
+        return attend_new(attention, queries[:, 0], entries, cached, store, self.length + 1)[:, None]
 
     def advance(self, count: int) -> None:
         self.length += count

@@ -19,7 +19,7 @@ from tpa_train.gemma3.attention import Attention, Documents, attend
 from tpa_train.gemma3.cache import KVCache, allocate_buffers, buffer_bytes, rotary_tables
 from tpa_train.gemma3.images import ImageBlocks
 from tpa_train.gemma3.model import Gemma3ForCausalLM
-from tpa_train.tpa.decode import CachedTokens, attend_cached
+from tpa_train.tpa.decode import CachedTokens, attend_new
 
 
 class SlotCache:
@@ -151,14 +151,14 @@ class DecodeStep:
     ) -> Tensor:
         """Scatters the entries [B, 1, ...] into their rows and attends: [B, 1, H, d] -> [B, 1, H, e]."""
         buffers = self.cache.buffers[attention.layer]
-        for buffer, new in zip(buffers, attention.pack(entries), strict=True):
-            buffer[self.rows, self.starts % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
-        stored = buffers
-        if self.longest is not None and self.longest < buffers[0].shape[1]:  # then no ring has come round yet
-            stored = tuple(t[:, : self.longest] for t in buffers)
+
+        def store(packed: tuple[Tensor, ...]) -> None:
+            for buffer, new in zip(buffers, packed, strict=True):
+                buffer[self.rows, self.starts % buffer.shape[1]] = new[:, 0].to(buffer.dtype)
+
         rows = None if self.in_order else self.rows
-        cached = CachedTokens(stored, self.lengths, self.cache.tables[attention.kind], rows)
-        return attend_cached(attention, queries[:, 0], cached)[:, None]
+        cached = CachedTokens(buffers, self.lengths, self.cache.tables[attention.kind], rows)
+        return attend_new(attention, queries[:, 0], entries, cached, store, self.longest)[:, None]
 
     def advance(self, count: int) -> None:
         """Nothing: lengths are the caller's."""

@@ -40,6 +40,12 @@ class CachedTokens:
             stored = tuple(t[part] for t in stored)
         return CachedTokens(stored, self.lengths[part], self.rotary, None if rows is None else rows[part])
 
+    def first(self, count: int) -> CachedTokens:
+        """Returns the same without the slots from ``count`` on, if there are any: no sequence has as many tokens."""
+        if count >= self.slots:
+            return self
+        return CachedTokens(tuple(t[:, :count] for t in self.stored), self.lengths, self.rotary, self.rows)
+
     def positions(self) -> tuple[Tensor, Tensor]:
         """Returns the position in every slot, int64 [B, slots] (0 where empty), and which hold one, bool [B, slots]."""
         slot = torch.arange(self.slots, device=self.lengths.device)[None]

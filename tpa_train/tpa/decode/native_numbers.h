@@ -1,0 +1,216 @@
+/* Numbers of a packed cache: how an entry lies in memory (entries.py, quantization.py), unpacking and packing. */
+
+#ifndef TPA_NATIVE_NUMBERS
+#define TPA_NATIVE_NUMBERS
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define GROUP 32
+#define LANES 16
+#define MAX_SEGMENTS 64
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* Both structs are mirrored field by field in native.py. Strides are in bytes; kinds: 0 float32, 1 bfloat16, 2 float16. */
+typedef struct {
+    char *codes, *scales; /* scales: of rounded segments */
+    int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
+    int32_t start, count, bits, kind;
+} Segment;
+
+typedef struct {
+    int32_t rows, count, segments, padded; /* rows of one token; padded: count, to a multiple of 32 */
+    const char *news; /* the newest token of every sequence, [batch, rows, count], to be packed first; or NULL */
+    int64_t news_kind;
+    Segment segment[MAX_SEGMENTS];
+} Entry;
+
+INLINE float as_float(uint32_t w) {
+    float f;
+    memcpy(&f, &w, 4);
+    return f;
+}
+
+/* Without float16 arithmetic, so that every compiler makes vectors of it; infinities are never stored. */
+INLINE float from_half(uint16_t h) {
+    const uint32_t w = (uint32_t)(h & 0x7fff) << 13;
+    const float small = as_float(w + (113u << 23)) - 0x1p-14f, normal = as_float(w + (112u << 23));
+    const float f = h & 0x7c00 ? normal : small;
+    return h & 0x8000 ? -f : f;
+}
+
+INLINE float number(const void *p, int kind, int64_t i) {
+    if (kind == 0) return ((const float *)p)[i];
+    const uint16_t h = ((const uint16_t *)p)[i];
+    return kind == 1 ? as_float((uint32_t)h << 16) : from_half(h);
+}
+
+INLINE vec splat(float f) { return f - (vec){0}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec v) { *(vec *)p = v; }
+
+#ifdef __clang__
+#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PERMUTED(v, ...) __builtin_shuffle(v, (ivec){__VA_ARGS__})
+#endif
+
+INLINE float total(vec v) {
+    v += PERMUTED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += PERMUTED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += PERMUTED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+/* ---- Unpacking ---- */
+
+/* Writes the codes in `size` bytes, of a little-endian stream of `bits`-bit numbers. */
+INLINE void spread(const uint8_t *p, int size, const int bits, uint8_t *codes) {
+    for (int i = 0; i < size * 8 / bits; i++) {
+        const int byte = i * bits / 8, next = 8 % bits && byte + 1 < size ? p[byte + 1] : 0;
+        codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
+    }
+}
+
+/* Numbers of a full group: scale · code + low. */
+INLINE void decode(const uint8_t *p, const int bits, float scale, float low, float *out) {
+#ifdef __AVX512F__ /* compilers take bytes apart one by one */
+    if (8 % bits == 0) {
+        __m128i first, second;
+        const __m128i mask = _mm_set1_epi8((1 << bits) - 1);
+        if (bits == 8) {
+            first = _mm_loadu_si128((const __m128i *)p), second = _mm_loadu_si128((const __m128i *)(p + 16));
+        } else if (bits == 4) {
+            const __m128i b = _mm_loadu_si128((const __m128i *)p);
+            const __m128i even = _mm_and_si128(b, mask), odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
+            first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+        } else {
+            const __m128i b = _mm_loadl_epi64((const __m128i *)p);
+            __m128i code[4];
+            for (int i = 0; i < 4; i++) code[i] = _mm_and_si128(_mm_srli_epi16(b, 2 * i), mask);
+            const __m128i a = _mm_unpacklo_epi8(code[0], code[1]), c = _mm_unpacklo_epi8(code[2], code[3]);
+            first = _mm_unpacklo_epi16(a, c), second = _mm_unpackhi_epi16(a, c);
+        }
+        store(out, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(first)) * scale + low);
+        store(out + LANES, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(second)) * scale + low);
+        return;
+    }
+#endif
+    uint8_t codes[GROUP];
+    spread(p, GROUP / 8 * bits, bits, codes);
+    for (int i = 0; i < GROUP; i++) out[i] = codes[i] * scale + low;
+}
+
+/* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
+INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, const int bits, float *out) {
+    const int size = GROUP / 8 * bits; /* of a group, in bytes */
+    for (int first = 0; first < count; first += 8 * GROUP, scales += 16) {
+        const int some = count - first < 8 * GROUP ? count - first : 8 * GROUP, groups = (some + GROUP - 1) / GROUP;
+        float pairs[16];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+        store(pairs, (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << 2 * groups) - 1, scales)));
+#else
+        for (int i = 0; i < 2 * groups; i++) pairs[i] = from_half(scales[i]);
+#endif
+        for (int g = 0; g < groups; g++, p += size, out += GROUP) {
+            uint8_t part[GROUP] = {0};
+            const int left = some - g * GROUP;
+            if (left < GROUP) memcpy(part, p, (left * bits + 7) / 8);
+            decode(left < GROUP ? part : p, bits, pairs[2 * g], pairs[2 * g + 1], out);
+        }
+    }
+}
+
+INLINE int stride_of(const Entry *e) { return e->padded + LANES; } /* no two rows in the same sets of a cache */
+
+/* Writes row r of one token's numbers into `out`. */
+static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out) {
+    for (int s = 0; s < e->segments; s++) {
+        const Segment *g = &e->segment[s];
+        const void *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const void *scales = g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head;
+        float *to = out + g->start;
+        switch (g->bits) {
+        case 2: unpack_groups(codes, scales, g->count, 2, to); break;
+        case 3: unpack_groups(codes, scales, g->count, 3, to); break;
+        case 4: unpack_groups(codes, scales, g->count, 4, to); break;
+        case 6: unpack_groups(codes, scales, g->count, 6, to); break;
+        case 8: unpack_groups(codes, scales, g->count, 8, to); break;
+        default:
+            if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
+            else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
+            else for (int i = 0; i < g->count; i++) to[i] = number(codes, 2, i);
+            for (int i = g->count; i % GROUP; i++) to[i] = 0.0f;
+        }
+    }
+}
+
+/* ---- Packing: as quantization.quantize and pack_codes do, to the bit ---- */
+
+/* Rounds to the nearest, to even in a tie, as do the following. */
+INLINE uint16_t to_half(float f) {
+    uint32_t w;
+    memcpy(&w, &f, 4);
+    const uint32_t sign = w >> 16 & 0x8000, size = w & 0x7fffffff;
+    if (size >= 0x477ff000) return sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (size < 0x38800000) return sign | (uint32_t)__builtin_rintf(as_float(size) * 0x1p24f);
+    return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+}
+
+INLINE uint16_t to_bfloat(float f) {
+    uint32_t w;
+    memcpy(&w, &f, 4);
+    return f != f ? 0x7fc0 : (w + 0x7fff + (w >> 16 & 1)) >> 16;
+}
+
+static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint16_t *pair) {
+    float low = x[0], high = x[0];
+    const int levels = (1 << bits) - 1;
+    for (int i = 1; i < count; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    low = low < -6e4f ? -6e4f : low > 6e4f ? 6e4f : low;
+    pair[1] = to_half(low), low = from_half(pair[1]);
+    float scale = (high - low) / levels;
+    scale = scale < 6e-8f ? 6e-8f : scale > 6e4f ? 6e4f : scale;
+    pair[0] = to_half(scale), scale = from_half(pair[0]);
+    memset(codes, 0, (count * bits + 7) / 8);
+    for (int i = 0; i < count; i++) {
+        const float step = __builtin_rintf((x[i] - low) / scale);
+        const unsigned code = !(step > 0) ? 0 : step > levels ? levels : (int)step, shift = i * bits % 8;
+        codes[i * bits / 8] |= code << shift;
+        if (shift + bits > 8) codes[i * bits / 8 + 1] |= code >> (8 - shift);
+    }
+}
+
+/* Packs row r of sequence b's newest token to slot `token` of buffer row `row`. */
+static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
+    for (int s = 0; s < e->segments; s++) {
+        const Segment *g = &e->segment[s];
+        char *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const int64_t first = (b * e->rows + r) * e->count + g->start;
+        if (g->bits == 16) {
+            for (int i = 0; i < g->count; i++) {
+                const float x = number(e->news, e->news_kind, first + i);
+                if (g->kind == 0) ((float *)codes)[i] = x;
+                else ((uint16_t *)codes)[i] = g->kind == 1 ? to_bfloat(x) : to_half(x);
+            }
+            continue;
+        }
+        uint16_t *pair = (uint16_t *)(g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head);
+        for (int i = 0; i < g->count; i += GROUP, pair += 2) {
+            float x[GROUP];
+            const int some = g->count - i < GROUP ? g->count - i : GROUP;
+            for (int k = 0; k < some; k++) x[k] = number(e->news, e->news_kind, first + i + k);
+            pack_group(x, some, g->bits, (uint8_t *)codes + i / 8 * g->bits, pair);
+        }
+    }
+}
+
+#endif
