@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import weakref
 
 import pytest
 import torch
@@ -205,3 +206,19 @@ def test_a_step_of_the_model_is_a_forward_over_everything(bits):
     cache = student.allocate_cache(2, 40, dtype=torch.float32)
     parts = [student(part, cache=cache) for part in ids.split([20] + [1] * 20, dim=1)]
     assert torch.allclose(torch.cat(parts, 1), student(ids), rtol=1e-4, atol=1e-4)
+
+
+@compiles
+@torch.no_grad()
+def test_a_layer_is_not_held_to_the_cache_of_its_last_step():
+    """Caches take turns, grow, lie elsewhere under the same rotation tables, and are let go."""
+    attention = _layer(SPECS[4], 2, torch.float32)
+    first, second = _cached(attention, torch.float32, 16, [12]), _cached(attention, torch.float32, 40, [33])
+    moved = CachedTokens(tuple(t.flip(1) for t in first[1].stored), first[1].lengths, first[1].rotary)
+    for queries, cached in (first, first, second, (first[0], moved), first):
+        ours = native.attend_native(attention, queries, cached)
+        assert _error(ours, attend_reference(attention, queries, cached), cached.lengths) < 2e-5
+    held = weakref.ref(moved.stored[0])
+    native.attend_native(attention, first[0], moved)
+    del moved, cached
+    assert held() is None

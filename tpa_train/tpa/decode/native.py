@@ -13,7 +13,8 @@ import ctypes
 import threading
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from operator import is_
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,8 @@ class Plan:
         config, keys, values, entries = attention.config, attention.keys, attention.values, attention.entries
         self.state, self.heads, self.joint = _state(attention), config.num_heads, isinstance(values, JointValues)
         self.width = config.head_dim if self.joint else entries[-1].count
+        self.idle: list[_Call] = []
+        self.run, self.parallel = compiled.library().tpa_attend, compiled.parallel()
         self.job = job = _Job(
             heads=config.num_heads, groups=config.num_kv_heads, dim=config.head_dim, scale=config.scale,
             eps=config.rms_norm_eps, normed=isinstance(keys, JointKeys), rebuilt=not isinstance(keys, DenseKeys),
@@ -178,31 +181,62 @@ class Plan:
 
     def attend(self, queries: Tensor, cached: CachedTokens, news: tuple[Tensor, ...] | None) -> Tensor | None:
         """See ``attend_native``."""
-        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in cached.rotary):
+        # What Python does here is as cold as the caches of a core after a layer's weights: every operation counts.
+        call = self._call(cached)
+        if call is None:
             return None
-        job = _Job.from_buffer_copy(self.job)  # of this call: threads may share a layer
-        count = self.key_shapes.tensors
-        if not _point(job.keys, self.key_shapes, cached.stored[:count]):
-            return None
-        if not self.joint and not _point(job.values, self.value_shapes, cached.stored[count:]):
-            return None
-        news = () if news is None else tuple(t.contiguous() for t in news)
-        for entry, t in zip((job.keys, job.values), news, strict=False):
-            entry.news, entry.news_kind = t.data_ptr(), KINDS[t.dtype]
-        queries, lengths = queries.contiguous(), cached.lengths.to(torch.int32).contiguous()
-        rows = None if cached.rows is None else cached.rows.to(torch.int64).contiguous()
-        out = queries.new_empty(len(queries), self.heads, self.width)
-        job.batch, job.slots, job.threads = len(queries), cached.slots, torch.get_num_threads()
+        job, lengths, rows = call.job, cached.lengths, cached.rows
+        if lengths.dtype != torch.int32 or not lengths.is_contiguous():
+            lengths = lengths.to(torch.int32).contiguous()
+        if rows is not None:
+            rows = rows.to(torch.int64).contiguous()
+        queries, kept = queries.contiguous(), []  # kept: what the job points to
+        for index, entry in enumerate((job.keys,) if self.joint else (job.keys, job.values)):
+            entry.news = None
+            if news is not None:
+                kept.append(news[index].contiguous())
+                entry.news, entry.news_kind = kept[index].data_ptr(), KINDS[kept[index].dtype]
+        batch = len(queries)
+        out = queries.new_empty(batch, self.heads, self.width)
+        job.batch, job.threads = batch, torch.get_num_threads()
         job.lengths, job.rows = lengths.data_ptr(), None if rows is None else rows.data_ptr()
         job.queries, job.query_kind, job.out = queries.data_ptr(), KINDS[queries.dtype], out.data_ptr()
-        job.cosine, job.sine = (t.data_ptr() for t in cached.rotary)
         size = 0
         while True:
             memory = _workspace.of(size)
             job.workspace, job.workspace_bytes = memory.data_ptr(), memory.numel()
-            size = compiled.library().tpa_attend(ctypes.byref(job), compiled.parallel())
+            size = self.run(call.address, self.parallel)
             if not size:
+                self.idle.append(call)
                 return out
+
+    def _call(self, cached: CachedTokens) -> _Call | None:
+        """Returns a job that points to what is cached, mostly the last step's; None: it is of no kind that is read."""
+        held = (*cached.stored, *cached.rotary)
+        try:
+            call = self.idle.pop()  # threads may share a layer: nobody else has this one now
+            if len(call.held) == len(held) and all(map(is_, held, [r() for r in call.held])):
+                return call
+        except IndexError:
+            pass
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in cached.rotary):
+            return None
+        job, count = _Job.from_buffer_copy(self.job), self.key_shapes.tensors
+        if not _point(job.keys, self.key_shapes, cached.stored[:count]):
+            return None
+        if not self.joint and not _point(job.values, self.value_shapes, cached.stored[count:]):
+            return None
+        job.slots, (job.cosine, job.sine) = cached.slots, (t.data_ptr() for t in cached.rotary)
+        return _Call(job, ctypes.byref(job), [ref(t) for t in held])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A job, where it lies, and the tensors of a cache that it points to."""
+
+    job: _Job
+    address: object
+    held: list[ref[Tensor]]
 
 
 @dataclass(frozen=True)
