@@ -54,9 +54,9 @@ def attend_triton(
     plan = plan_of(attention, queries.dtype, queries.device)
     tiles = tiles or _chosen(attention, plan, queries, cached)
     if found := _absorbed_keys(plan, cached, tiles):
-        spans = -(-_pitch(cached.stored[0]) // found.span)
-        each = queries[0].numel() // queries.shape[-1] * spans * found.terms * plan.up.shape[-1] * queries.itemsize
-        size = max(1, GROUP_BYTES // each)  # of W, which is in memory for all sequences of a launch
+        # W is in memory for all sequences of a launch.
+        each = queries.shape[1] * _spans(cached, found) * found.terms * plan.up.shape[-1] * queries.itemsize
+        size = max(1, GROUP_BYTES // each)
         if size < len(queries):
             starts = range(0, len(queries), size)
             return torch.cat([
@@ -138,32 +138,13 @@ def prepare(
     if packed and tiles.tokens < 32 and dtype != torch.float32:
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
-    launches = []
+    launches: list[Launch] = []
     found = _absorbed_keys(plan, cached, tiles)
     if found is not None:
-        up, spans = plan.lay_out(key_pieces, half, dtype), -(-pitch // found.span)
-        rank = up.shape[2]
-        both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
-        w = queries.new_empty(batch, heads, spans, found.terms, rank)
-        bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
-        shared = {"HB": half, "R": rank, "DTYPE": DTYPES[dtype]}
-        launches.append(Launch(
-            absorbed.lay_out_queries, (half // LEAST, heads, batch), (queries, both, along, up, plan.offset),
-            {"d": d, "GROUPS": groups, "REPEATS": repeats, "OWN_UP": up.shape[0] > 1, "BK": LEAST, "BR": 64, **shared},
-        ))  # fmt: skip
-        across = power_of_two(rank)
-        launches.append(Launch(
-            absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
-            (both, along, found.turns(cached.rotary, spans, dtype), w, bias, cached.lengths, spans),
-            {
-                "J": found.terms, "S": found.span, "CENTERED": plan.centered, "BM": 128, "BN": across,
-                "BK": min(64, 2 * half), "num_warps": 4 if across <= 64 else 8, "num_stages": 3, **shared,
-            },
-        ))  # fmt: skip
-        options = {k: v for k, v in options.items() if k not in ("d", "RING")} | {
-            "J": found.terms, "RH": plan.heads, "S": found.span, "CENTERED": plan.centered, "R": rank,
-        }  # fmt: skip
-        arguments = (*arguments[1:], w, bias, found.basis, cached.slots, pitch, splits, scale, spans)
+        up = plan.lay_out(key_pieces, half, dtype)
+        launches, vectors, shape = _absorb(plan, found, queries, cached, up)
+        options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
+        arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, _spans(cached, found))
         attend = absorbed.attend_absorbed
     elif plan.rebuilt:
         up = plan.lay_out(key_pieces, half, dtype)
@@ -199,6 +180,44 @@ def _absorbed_keys(plan: Plan, cached: CachedTokens, tiles: Tiles) -> AbsorbedKe
     if not plan.rebuilt or _is_ring(cached) or tiles.absorbed is False:
         return None
     return plan.absorb(tiles.tokens, tiles.absorbed is True)
+
+
+def _spans(cached: CachedTokens, found: AbsorbedKeys) -> int:
+    return triton.cdiv(cached.rotary[0].shape[0], found.span)
+
+
+def _absorb(
+    plan: Plan, found: AbsorbedKeys, queries: Tensor, cached: CachedTokens, up: Tensor
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """Returns what makes the vectors of all spans, those, their offsets and φ, and what else ``attend_absorbed`` takes.
+
+    ``up``: U as ``Plan.lay_out`` gives it, [G or 1, 2, R, HB].
+    """
+    (batch, heads, d), (owners, _, rank, half), spans = queries.shape, up.shape, _spans(cached, found)
+    groups, across = len(plan.offset), power_of_two(rank)
+    both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
+    w = queries.new_empty(batch, heads, spans, found.terms, rank)
+    bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
+    shape = {"J": found.terms, "S": found.span, "CENTERED": plan.centered, "R": rank}
+    shared = {"HB": half, "DTYPE": DTYPES[queries.dtype]}
+    launches = [
+        Launch(
+            absorbed.lay_out_queries, (half // LEAST, heads, batch), (queries, both, along, up, plan.offset),
+            {
+                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "R": rank, "BK": LEAST,
+                "BR": 64, **shared,
+            },
+        ),
+        Launch(
+            absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
+            (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
+            {
+                "BM": 128, "BN": across, "BK": min(64, 2 * half), "num_warps": 4 if across <= 64 else 8,
+                "num_stages": 3, **shape, **shared,
+            },
+        ),
+    ]  # fmt: skip
+    return launches, (w, bias, found.basis), shape | {"RH": plan.heads}
 
 
 def _is_ring(cached: CachedTokens) -> bool:
