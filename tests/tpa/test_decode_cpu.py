@@ -27,7 +27,7 @@ SPECS = [
 ]  # fmt: skip
 STORED = SPECS[:2]  # what a library's kernel serves
 
-compiles = pytest.mark.skipif(compiled.library() is None, reason="there is no C compiler to make the kernel with")
+compiles = pytest.mark.skipif(compiled.load() is None, reason="there is no C compiler to make the kernel with")
 
 
 def _layer(spec, groups, dtype, width=WIDTH):
@@ -164,7 +164,7 @@ def test_gradients_and_other_forms_take_the_reference():
 
 @compiles
 def test_the_struct_is_mirrored():
-    assert compiled.library().tpa_job_bytes() == ctypes.sizeof(native._Job)
+    assert compiled.load().tpa_job_bytes() == ctypes.sizeof(native._Job)
 
 
 @compiles
@@ -184,7 +184,7 @@ def test_without_a_compiler_pytorch_serves(monkeypatch, caplog):
     attention = _layer(LayerSpec("joint", 70, "joint", 70, 8), 1, torch.float32)
     queries, cached = _cached(attention, torch.float32, 16, [12, 20])
     monkeypatch.setattr(compiled, "_compiled", lambda: (_ for _ in ()).throw(OSError("no space left")))
-    compiled._library.cache_clear()
+    compiled._load.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             ours = [attend_cached(attention, queries, cached) for _ in range(2)]
@@ -193,7 +193,7 @@ def test_without_a_compiler_pytorch_serves(monkeypatch, caplog):
         ]
         assert all(torch.equal(o, attend_reference(attention, queries, cached)) for o in ours)
     finally:
-        compiled._library.cache_clear()
+        compiled._load.cache_clear()
 
 
 @torch.inference_mode()

@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
-def library() -> ctypes.CDLL | None:
+def load() -> ctypes.CDLL | None:
     """Returns the compiled library, or None where there is none to be had."""
     with _lock:  # threads must not compile beside each other
-        return _library()
+        return _load()
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _load() -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError, UserError) as error:
@@ -53,7 +53,7 @@ def _library() -> ctypes.CDLL | None:
 @cache
 def has_tiles() -> bool:
     """Returns whether the kernel may multiply bfloat16 in tiles (AMX) on this CPU."""
-    found = library()
+    found = load()
     return found is not None and bool(found.tpa_tiles())
 
 

@@ -53,7 +53,7 @@ def attend_triton(
     """See ``decode.attend_cached``: [B, H, d] -> [B, H, e]. ``tiles`` and ``splits`` override what is chosen."""
     plan = plan_of(attention, queries.dtype, queries.device)
     tiles = tiles or _chosen(attention, plan, queries, cached)
-    if found := _absorbed_keys(plan, cached, tiles):
+    if found := _absorbed_keys(plan, tiles):
         # W is in memory for all sequences of a launch.
         each = queries.shape[1] * _spans(cached, found) * found.terms * plan.up.shape[-1] * queries.itemsize
         size = max(1, GROUP_BYTES // each)
@@ -126,7 +126,7 @@ def prepare(
         "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
         "VALUE_MODE": values.mode, "VALUE_ROWS": values.entry.rows, "VALUE_TENSOR": values.tensor,
         "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
-        "HAS_ROWS": cached.rows is not None, "RING": _is_ring(cached), "SPLIT": splits > 1,
+        "HAS_ROWS": cached.rows is not None, "RING": pitch < cached.rotary[0].shape[0], "SPLIT": splits > 1,
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -139,7 +139,7 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
-    found = _absorbed_keys(plan, cached, tiles)
+    found = _absorbed_keys(plan, tiles)
     if found is not None:
         up = plan.lay_out(key_pieces, half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up)
@@ -175,9 +175,9 @@ def _pitch(stored: Tensor) -> int:
     return stored.stride(0) // stored[0, 0].numel()
 
 
-def _absorbed_keys(plan: Plan, cached: CachedTokens, tiles: Tiles) -> AbsorbedKeys | None:
-    """Returns how U goes into the queries, None where it does not: spans of a ring begin anywhere."""
-    if not plan.rebuilt or _is_ring(cached) or tiles.absorbed is False:
+def _absorbed_keys(plan: Plan, tiles: Tiles) -> AbsorbedKeys | None:
+    """Returns how U goes into the queries, None where it does not."""
+    if not plan.rebuilt or tiles.absorbed is False:
         return None
     return plan.absorb(tiles.tokens, tiles.absorbed is True)
 
@@ -218,10 +218,6 @@ def _absorb(
         ),
     ]  # fmt: skip
     return launches, (w, bias, found.basis), shape | {"RH": plan.heads}
-
-
-def _is_ring(cached: CachedTokens) -> bool:
-    return _pitch(cached.stored[0]) < cached.rotary[0].shape[0]
 
 
 def _is_scales(stored: Tensor) -> bool:

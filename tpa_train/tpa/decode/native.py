@@ -89,7 +89,7 @@ def _plan(attention: Attention) -> Plan | None:
     known = _plans.get(attention)
     if known is not None and known.state == _state(attention):
         return known
-    if not _served(attention) or compiled.library() is None:
+    if not _served(attention) or compiled.load() is None:
         return None
     plan = _plans[attention] = Plan(attention)
     return plan
@@ -143,7 +143,7 @@ class Plan:
         self.state, self.heads, self.joint = _state(attention), config.num_heads, isinstance(values, JointValues)
         self.width = config.head_dim if self.joint else entries[-1].count
         self.idle: list[_Call] = []
-        self.run, self.parallel = compiled.library().tpa_attend, compiled.parallel()
+        self.run, self.parallel = compiled.load().tpa_attend, compiled.parallel()
         self.job = job = _Job(
             heads=config.num_heads, groups=config.num_kv_heads, dim=config.head_dim, scale=config.scale,
             eps=config.rms_norm_eps, normed=isinstance(keys, JointKeys), rebuilt=not isinstance(keys, DenseKeys),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpa_train.gemma3.attention import Attention, RotaryTable
+from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.layers import rotary_table
-from tpa_train.tpa.decode.turning import SPANS, turning
+from tpa_train.tpa.decode.turning import SPANS, Turning, turning
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.quantization import GROUP
 
@@ -82,7 +84,8 @@ class Plan:
     gamma: Tensor | None = None
     relative: Tensor | None = None
     eps: float = 0.0
-    turns: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions in the longest span, [512, d/2]
+    config: Gemma3Config | None = None
+    kind: LayerKind = "local"
     heads: int = 1  # query heads of a KV head, with padding
     dtype: torch.dtype = torch.float32
     centered: bool = False  # whether no key has an offset
@@ -105,15 +108,18 @@ class Plan:
         return self.laid_out[key_pieces]
 
     def absorb(self, tokens: int, always: bool = False) -> AbsorbedKeys | None:
-        """Returns how U goes into the queries of tiles of ``tokens``; None where keys are rebuilt."""
+        """Returns how U goes into the queries of tiles of ``tokens``; None where keys are rebuilt.
+
+        Which they are in local layers: spans of a ring begin anywhere.
+        """
         key = (tokens, always)
         if key not in self.absorbed:
             device = self.relative.device
             if _recorded(device):
                 return None
             found = None
-            if self.gamma is None:  # norms of keys need keys
-                found = turning(self.turns, tokens, self.heads, self.up.shape[-1], self.dtype, always)
+            if self.kind == "global" and self.gamma is None:  # norms of keys need keys
+                found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always)
             if found is not None:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
                 bends = F.pad(found.bends, (0, pad)).to(device, torch.float32)
@@ -144,6 +150,15 @@ class AbsorbedKeys:
         if not _recorded(turns.device):  # else filled when the graph runs, not now
             self.made[spans] = turns
         return turns
+
+
+@cache
+def _turning(
+    config: Gemma3Config, tokens: int, heads: int, rank: int, dtype: torch.dtype, always: bool
+) -> Turning | None:
+    """``turning`` in global layers, once for all of them: it takes a decomposition for every span."""
+    cos, sin = (t.squeeze(1) for t in rotary_table(config, "global", torch.arange(max(SPANS))))
+    return turning((cos, sin), tokens, heads, rank, dtype, always)
 
 
 def _recorded(device: torch.device) -> bool:
@@ -239,7 +254,7 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
     plan.heads = power_of_two(config.num_heads // config.num_kv_heads)
     plan.dtype, plan.centered = dtype, not _recorded(device) and not plan.offset.any()
-    plan.turns = tuple(t.squeeze(1) for t in rotary_table(config, attention.kind, torch.arange(max(SPANS))))
+    plan.config, plan.kind = config, attention.kind
     table = rotary_table(config, attention.kind, torch.arange(LONGEST, device=device))
     table = F.pad(torch.stack(table).squeeze(2), (0, pad))
     plan.relative = table.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous()
