@@ -75,7 +75,8 @@ def test_every_cell_has_a_row(made):
         assert row["mcq_delta_points"] == pytest.approx(delta)
         seconds = sum(v for k, v in row.items() if k.endswith("_seconds") and k != "evaluation_seconds")
         assert row["minutes"] == pytest.approx(seconds / 60)
-        assert (row["kl"] > 0) == (row["kl_wikitext2"] > 0) == (row["mix"] != "teacher")
+        assert row["train_ppl_ratio"] == row["train_ppl"] / row["teacher_train_ppl"] and row["train_tokens"] > 100
+        assert (row["kl"] > 0) == (row["kl_wikitext2"] > 0) == (row["kl_train"] > 0) == (row["mix"] != "teacher")
         assert row["tokens"] == (512 if row["distill_tokens"] else 0), "layer-wise and end to end"
 
 

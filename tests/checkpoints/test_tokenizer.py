@@ -34,6 +34,14 @@ def test_control_pieces_in_text_are_single_ids(tokenizer):
     assert tokenizer.decode(ids) == "hello\n"
 
 
+def test_control_pieces_are_spelled_out_on_demand(tokenizer):
+    text = "the <unk> and <eos><bos><"
+    (ids,) = tokenizer.encode_batch([text], bos=False, control=False)
+    assert not {0, 1, 2, 3, 4} & set(ids) and tokenizer.decode(ids) == text
+    assert {1, 2, 3} < set(tokenizer.encode(text, bos=False))
+    assert tokenizer.encode_batch(["the"], control=False) == tokenizer.encode_batch(["the"])
+
+
 def test_batch_equals_single_encoding(tokenizer):
     texts = ["hello", "", "<bos>", "<eos>the<pad>", "<<bos>>", " world"]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]

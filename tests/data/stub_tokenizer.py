@@ -15,7 +15,7 @@ class StubTokenizer:
         ids = [b + (100_000 if 65 <= b <= 90 else 10) for b in text.encode()]
         return [self.bos_id] * bos + ids
 
-    def encode_batch(self, texts: list[str], bos: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], bos: bool = True, control: bool = True) -> list[list[int]]:
         return [self.encode(t, bos) for t in texts]
 
     def decode(self, ids: list[int]) -> str:

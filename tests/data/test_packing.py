@@ -192,10 +192,10 @@ def test_a_killed_pack_leaves_nothing_usable(tmp_path):
         from tpa_train.data.settings import DataSettings
 
         class Dying(StubTokenizer):
-            def encode_batch(self, texts, bos=True):
+            def encode_batch(self, texts, bos=True, control=True):
                 if self.texts > 200:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return super().encode_batch(texts, bos)
+                return super().encode_batch(texts, bos, control)
 
         pack(DataSettings(**{vars(settings)!r}), Dying(), progress=False)
     """)
@@ -216,9 +216,9 @@ def test_two_processes_may_pack_the_same(tmp_path):
     settings = settings_for(tmp_path, documents(50))
 
     class Slow(StubTokenizer):
-        def encode_batch(self, texts, bos=True):
+        def encode_batch(self, texts, bos=True, control=True):
             pack(settings, StubTokenizer(), progress=False)  # the other process is quicker
-            return super().encode_batch(texts, bos)
+            return super().encode_batch(texts, bos, control)
 
     folder = pack(settings, Slow(), progress=False)
     assert read_manifest(folder) and [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]

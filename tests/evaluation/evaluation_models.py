@@ -24,7 +24,7 @@ class ByteTokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return [self.bos_id] * bos + [b + 4 for b in text.encode()]
 
-    def encode_batch(self, texts, bos: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts, bos: bool = True, control: bool = True) -> list[list[int]]:
         return [self.encode(t, bos) for t in texts]
 
     def piece_text(self, index: int) -> str:

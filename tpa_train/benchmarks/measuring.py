@@ -35,6 +35,10 @@ class MeasuredSettings:
     wikitext2: str | None = field(
         default=None, metadata={"help": "WikiText-2, as valid; null: it is not measured, its numbers stay empty"}
     )
+    texts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more held-out texts, each measured as WikiText-2 is and called by its file's name"},
+    )
     options: list[str] = field(
         default_factory=list, metadata={"help": "an option of train.py for all, as options=trainer.compile=false"}
     )
@@ -56,10 +60,26 @@ def check_sizes(settings: MeasuredSettings, *more: str) -> None:
     """Raises UserError if a size that the settings name is not positive."""
     names = ("valid_tokens", "valid_context", "wikitext2_tokens", "wikitext2_context", "copy_count", *more)
     check_positive(settings, *names)
-    for name in ("train", "valid", "wikitext2"):
-        path = getattr(settings, name)
-        if path is not None and name != "train" and not Path(path).expanduser().exists():
+    options = [("valid", settings.valid), ("wikitext2", settings.wikitext2), *(("texts", p) for p in settings.texts)]
+    for name, path in options:
+        if path is not None and not Path(path).expanduser().exists():
             raise UserError(f"{name}={path}: there is no such file.")
+    texts_of(settings)
+
+
+def texts_of(settings: MeasuredSettings) -> dict[str, str]:
+    """Returns the held-out texts beside ``valid`` by the name that they have in a row.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    named = {} if settings.wikitext2 is None else {"wikitext2": settings.wikitext2}
+    for path in settings.texts:
+        name = Path(path).name.partition(".")[0]
+        if name in named or name == "valid8k":
+            raise UserError(f"texts={path}: there is another text of that name; rename the file.")
+        named[name] = path
+    return named
 
 
 def open_text(path: str, tokenizer: TokenizerLike, cache_dir: str | None = None) -> list[PackedStream]:
@@ -130,12 +150,16 @@ class Measurements:
         copies = {c: copies_of(valid, c, settings.copy_count) for c in settings.copy}
         rows = rows_of(valid, settings.valid_context, settings.valid_tokens, "valid_context")
         self._valid = self._evaluator(rows, copies)
-        self._wikitext2 = self._positions = None
-        if settings.wikitext2 is not None:
-            streams = open_text(settings.wikitext2, tokenizer, cache)
-            self._wikitext2 = self._evaluator(
-                rows_of(streams, settings.wikitext2_context, settings.wikitext2_tokens, "wikitext2_context")
+        self._positions = None
+        self._texts = {
+            name: self._evaluator(
+                rows_of(
+                    open_text(path, tokenizer, cache), settings.wikitext2_context, settings.wikitext2_tokens,
+                    "wikitext2_context",
+                )
             )
+            for name, path in texts_of(settings).items()
+        }  # fmt: skip
         if position_tokens > 0:
             self._positions = self._evaluator(rows_of(valid, position_context, position_tokens, "position_context"))
         self._teacher_valid = self._valid.evaluate(None, "teacher")
@@ -168,8 +192,8 @@ class Measurements:
             "valid_tokens": valid.evaluated_tokens, "copy_accuracy": valid.copy_accuracy,
             "teacher_copy_accuracy": own.copy_accuracy,
         }  # fmt: skip
-        if self._wikitext2 is not None:
-            row |= _wikitext2(self._wikitext2.evaluate(student, name), settings.wikitext2_context)
+        for text, evaluator in self._texts.items():
+            row |= _text(text, evaluator.evaluate(student, name), settings.wikitext2_context)
         if self.questions:
             answers = self._teacher_choices if student is None else self._answer(student)
             row |= _multiple_choice(self.questions, self._teacher_choices, answers)
@@ -180,12 +204,12 @@ class Measurements:
         return row
 
 
-def _wikitext2(result: StageResult, context: int) -> dict[str, Any]:
+def _text(name: str, result: StageResult, context: int) -> dict[str, Any]:
     return {
-        "kl_wikitext2": result.kl, "top1_wikitext2": result.top1,
-        "wikitext2_ppl_ratio": result.perplexity / result.teacher_perplexity, "wikitext2_ppl": result.perplexity,
-        "teacher_wikitext2_ppl": result.teacher_perplexity, "wikitext2_context": context,
-        "wikitext2_tokens": result.evaluated_tokens,
+        f"kl_{name}": result.kl, f"top1_{name}": result.top1,
+        f"{name}_ppl_ratio": result.perplexity / result.teacher_perplexity, f"{name}_ppl": result.perplexity,
+        f"teacher_{name}_ppl": result.teacher_perplexity, f"{name}_context": context,
+        f"{name}_tokens": result.evaluated_tokens,
     }  # fmt: skip
 
 

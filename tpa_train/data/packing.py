@@ -56,7 +56,7 @@ class TokenizerLike(Protocol):
     bos_id: int
     fingerprint: str
 
-    def encode_batch(self, texts: list[str], bos: bool = True) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str], bos: bool = True, control: bool = True) -> list[list[int]]: ...
 
 
 def default_cache_dir() -> Path:
@@ -93,6 +93,7 @@ def pack(settings: DataSettings, tokenizer: TokenizerLike, progress: bool = True
         "source": source.describe(),
         "tokenizer": tokenizer.fingerprint,
         "budget": [settings.max_tokens, settings.heldout_fraction, settings.heldout_min_tokens],
+        "control_names": source.control_names,
     }
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache / fingerprint[:32]

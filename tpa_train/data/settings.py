@@ -29,6 +29,9 @@ class DataSettings:
     text_key: str = "text"
     # text: plain .txt and .md files are cut into documents of about this many characters, at paragraph ends
     split_chars: int = 100_000
+    # text and hub: true: names of control pieces in a document (<eos>, <unk>, …) become these pieces, as with
+    # transformers' tokenizers; false: they are text, as to SentencePiece
+    control_names: bool = False
     # image_text: the field that holds the image or images; they stand where the text says <start_of_image>, or else
     # before it
     image_key: str = "image"

@@ -40,6 +40,8 @@ SKIPPED_FOLDERS = {
 class Source(ABC):
     """Documents in a fixed order."""
 
+    control_names = False  # whether names of control pieces in a document become these pieces
+
     @abstractmethod
     def describe(self) -> dict:
         """JSON-able settings and state of the content: equal descriptions must mean equal documents."""
@@ -54,7 +56,7 @@ class Source(ABC):
 
     def encode(self, documents: list, tokenizer: Any) -> tuple[list[list[int]], list[list[bool]] | None]:
         """Returns the ids of documents, BOS first, and for each id whether the loss counts it (None: all do)."""
-        return tokenizer.encode_batch(documents, bos=True), None
+        return tokenizer.encode_batch(documents, bos=True, control=self.control_names), None
 
 
 def make_source(settings: DataSettings, tokenizer: Tokenizer | None = None) -> Source:
@@ -73,11 +75,11 @@ def make_source(settings: DataSettings, tokenizer: Tokenizer | None = None) -> S
     if settings.kind == "text":
         if not settings.path:
             raise UserError("data.kind=text needs data.path: a file, a folder, a glob or a list of them.")
-        return TextFiles(settings.path, settings.text_key, settings.split_chars)
+        return TextFiles(settings.path, settings.text_key, settings.split_chars, settings.control_names)
     if settings.kind == "hub":
         if not settings.name:
             raise UserError("data.kind=hub needs data.name, such as data.name=HuggingFaceFW/fineweb-edu.")
-        return Hub(settings.name, settings.subset, settings.split, settings.text_key)
+        return Hub(settings.name, settings.subset, settings.split, settings.text_key, settings.control_names)
     if settings.kind == "chat":
         return Chat(chat_records(settings), ChatTemplate(tokenizer), settings.train_on)
     raise UserError(f"data.kind={settings.kind} is unknown{nearest(settings.kind, KINDS)}")
@@ -182,11 +184,13 @@ def split_module(name: str, path: Path) -> tuple[str, str]:
 class TextFiles(Source):
     """Local files, in sorted order; see `DataSettings.path`."""
 
-    def __init__(self, path: Any, text_key: str = "text", split_chars: int = 100_000) -> None:
+    def __init__(
+        self, path: Any, text_key: str = "text", split_chars: int = 100_000, control_names: bool = False
+    ) -> None:
         if split_chars < 1:
             raise UserError(f"data.split_chars={split_chars} must be at least 1.")
         self.text_key = text_key
-        self.split_chars = split_chars
+        self.split_chars, self.control_names = split_chars, control_names
         self.local = LocalFiles(path, EXTENSIONS)
 
     def describe(self) -> dict:
@@ -258,8 +262,8 @@ def field_of(row: dict, key: str, where: str) -> str:
 class Hub(Source):
     """A Hugging Face data set, streamed; nothing but the rows read is downloaded."""
 
-    def __init__(self, name: str, subset: str | None, split: str, text_key: str) -> None:
-        self.rows, self.text_key = HubRows(name, subset, split), text_key
+    def __init__(self, name: str, subset: str | None, split: str, text_key: str, control_names: bool = False) -> None:
+        self.rows, self.text_key, self.control_names = HubRows(name, subset, split), text_key, control_names
 
     def describe(self) -> dict:
         return {"kind": "hub", **self.rows.describe(), "text_key": self.text_key}

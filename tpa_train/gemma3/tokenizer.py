@@ -105,10 +105,16 @@ class Tokenizer:
         """
         return self.encode_batch([text], bos)[0]
 
-    def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
-        """Returns the ids of each text; SentencePiece works through them in parallel threads."""
+    def encode_batch(self, texts: Sequence[str], bos: bool = True, control: bool = True) -> list[list[int]]:
+        """Returns the ids of each text; SentencePiece works through them in parallel threads.
+
+        ``control=False`` spells out the names of control pieces, as SentencePiece does by itself: documents that write
+        about ``<eos>`` do not end there.
+        """
         # One flat list of stretches without control pieces, so that a batch is one call into SentencePiece.
-        parts = [self._control.split(_valid(text)) if "<" in text else [_valid(text)] for text in texts]
+        parts = [
+            self._control.split(_valid(text)) if control and "<" in text else [_valid(text)] for text in texts
+        ]  # fmt: skip
         encoded = iter(self._sp.encode([stretch for part in parts for stretch in part[::2]], out_type=int))
         start = [self.bos_id] if bos else []
         batch = []
