@@ -37,8 +37,8 @@ def made(tmp_path_factory):
     tiny.own = dict(tiny.shared, **OWN, mcq=[tiny.questions])
     tiny.out = tiny.folder / "quality.json"
     lists = {key: [value] if isinstance(value, str) else value for key, value in tiny.own.items()}
-    texts = [f"{key}={v}" for key in ("options", "mixes", "mcq") for v in lists[key]]
-    others = [f"{k}={v}" for k, v in tiny.own.items() if k not in ("options", "mixes", "mcq")]
+    texts = [f"{key}={v}" for key in ("options", "mixes", "mcq", "texts") for v in lists[key]]
+    others = [f"{k}={v}" for k, v in tiny.own.items() if k not in ("options", "mixes", "mcq", "texts")]
     command.main(["quality", *texts, *(o.replace(" ", "") for o in others), f"out={tiny.out}"])
     tiny.record = json.loads(tiny.out.read_text())
     tiny.rows = tiny.record["rows"]
@@ -163,7 +163,7 @@ def test_other_settings_are_another_benchmark(made):
 @pytest.mark.parametrize("changed,message", [
     ({"mixes": ["ranks"]}, "did you mean 'rank'"), ({"ratios": [1.0]}, "above 1"),
     ({"distill_tokens": [-1]}, "must not be negative"), ({"copy_count": 0}, "copy_count=0"),
-    ({"valid": "nowhere.txt"}, "no such file"), ({"mcq": ["nowhere.jsonl"]}, "cannot read the suite"),
+    ({"valid": "nowhere.txt"}, "no such file"), ({"texts": ["a/x.txt"]}, "no such file"), ({"mcq": ["nowhere.jsonl"]}, "cannot read the suite"),
     ({"options": ["recipe.distil.tokens=1"]}, "did you mean"), ({"valid_context": 100_000}, "context"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_anything_is_measured(made, tmp_path, changed, message):
@@ -208,6 +208,6 @@ def test_teacher_is_measured_once(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Evaluator, "evaluate", watched)
     row = measurements.measure(None, "teacher")
-    assert names == [("teacher", True)], "WikiText-2 alone is left to measure"
+    assert names == 2 * [("teacher", True)], "WikiText-2 and the other text are left to measure"
     assert row["kl"] == 0 and row["top1"] == 1 and row["copy_accuracy"] == row["teacher_copy_accuracy"]
     assert "mcq_delta_points" not in row and "perplexity_by_position" not in row
