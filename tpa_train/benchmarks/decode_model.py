@@ -40,7 +40,7 @@ ENGINES = ("ours-dense", "ours-tpa", "transformers")
 FORMS = ("latent", "joint", "contextual")
 REAL = "270m"  # the shape whose weights are a real model's
 CELL = ("shape", "engine", "form", "ratio", "context", "asked_batch")
-FREE = ("engines", "forms", "ratios", "contexts", "batches")
+FREE = ("shape", "engines", "forms", "ratios", "contexts", "batches")
 SHRINK = 7 / 8  # of a batch that was out of memory, to try next
 
 
