@@ -144,12 +144,33 @@ class Stopwatch(L.Callback):
         _synchronize(self.device)
         self._profiler.stop()
         table = self._profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60)
-        Path(self.trace).with_suffix(f".{module.stage}.txt").write_text(table)
+        Path(self.trace).with_suffix(f".{module.stage}.txt").write_text(_idle(self._profiler) + table)
 
     def _stop(self, trainer: L.Trainer) -> None:
         _synchronize(self.device)
         self.seconds, self.steps = time.perf_counter() - self._start, trainer.global_step - self.warmup
         self.peak_gib = _peak_gib(self.device)
+
+
+def _idle(profiler: torch.profiler.profile) -> str:
+    """Returns how long the device waited inside the trace, and between which kernels it waited longest."""
+    cuda = torch.autograd.DeviceType.CUDA
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == cuda and not event.is_user_annotation
+    )
+    if not spans:
+        return ""
+    gaps, (first, end, name) = [], spans[0]
+    for start, stop, following in spans[1:]:
+        if start > end:
+            gaps.append((start - end, name, following))
+        if stop > end:
+            end, name = stop, following
+    waited = sum(gap for gap, *_ in gaps)
+    longest = [f"{gap:10.0f} us  {a[:60]}  ->  {b[:60]}" for gap, a, b in sorted(gaps, reverse=True)[:40]]
+    return "\n".join([f"idle {waited:.0f} of {end - first:.0f} us in {len(gaps)} gaps", *longest, "", ""])
 
 
 def time_stage(
