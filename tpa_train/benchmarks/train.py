@@ -119,7 +119,10 @@ def _session(
 
 
 class Stopwatch(L.Callback):
-    """Times the optimizer steps after the first ``warmup``, data loading and logging included."""
+    """Times the optimizer steps after the first ``warmup``, data loading and logging included.
+
+    Its peak is that of the whole stage: passes that are recorded allocate nothing when they are replayed.
+    """
 
     def __init__(self, device: torch.device, warmup: int, trace: str | None = None) -> None:
         self.device, self.warmup, self.trace = device, warmup, trace
@@ -129,8 +132,6 @@ class Stopwatch(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == self.warmup and index % trainer.accumulate_grad_batches == 0:
             _synchronize(self.device)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
             self._start = time.perf_counter()
         if self.trace and trainer.global_step == trainer.max_steps - 3 and self._profiler is None:
             self._stop(trainer)
