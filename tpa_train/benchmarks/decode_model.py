@@ -316,8 +316,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         if row["engine"] == "ours-tpa" and row.get("tokens_per_s") and others:
             best = max(others, key=lambda r: r["tokens_per_s"])
             lines.append(
-                f"{row['shape']}, {row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} sequences, "
-                f"{row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of {best['engine']} "
+                f"{row['shape']}, {row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} "
+                f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of {best['engine']} "
                 f"({best['batch']} sequences)"
             )
     return "\n\n".join(lines)
