@@ -317,7 +317,7 @@ def render(rows: list[dict[str, Any]]) -> str:
             best = max(others, key=lambda r: r["tokens_per_s"])
             lines.append(
                 f"{row['shape']}, {row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} "
-                f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of {best['engine']} "
-                f"({best['batch']} sequences)"
+                f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of "
+                f"{best['engine']} ({best['batch']} sequences)"
             )
     return "\n\n".join(lines)
