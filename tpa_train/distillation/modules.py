@@ -100,6 +100,7 @@ class RecoveryModule(L.LightningModule):
 
     stage: str
     passes: tuple[str, ...]  # names of the methods that a step spends its time in, to be compiled
+    records = False  # whether they gain by being replayed as CUDA graphs
 
     def __init__(
         self,
