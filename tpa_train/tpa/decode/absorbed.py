@@ -5,6 +5,9 @@ attention (DeepSeek-V2, arXiv:2405.04434, §2.1.2), although RoPE comes between 
 2. ``absorb``: W = X P + Y Q, J vectors for every span of S tokens; X and Y are constants of the span;
 3. ``attend_absorbed`` reads latents and W: score(t) = Σ_j φ_j(t) (W_j · c_t + a_j · k₀); values as in every kernel.
 
+Where the FAST first pairs of a key are rebuilt, 1. also turns their queries back to the first token of every tile, 2.
+leaves them out of W, and 3. adds their scores, as ``rebuilt`` has them.
+
 Shapes as in ``kernel``, and HB half a head, padded; RH query heads of a KV head, padded; BJ = RH · J; N spans; R
 numbers of a latent with its padding. No buffer is a ring: spans begin at multiples of S.
 """
@@ -14,29 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax
-from tpa_train.tpa.decode.rebuilt import latent, norms
+from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
+from tpa_train.tpa.decode.rebuilt import half_keys, latent, norms, up_piece
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
 
 
 @triton.jit
-def lay_out_queries(
-    q, both, along, up, offset, d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr,
-    R: tl.constexpr, HB: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr,
+def _lay_out(
+    q, both, along, up, offset, place, group, column, d: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
+    BR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (HB / BK, H, B).
-
-    Args (in memory):
-        q: [B, H, d].
-        both: written, P and Q, [B, H, 2, HB, R].
-        along: written, the same of the offset k₀ instead of U, [B, H, 2, HB].
-        up: U in both halves, [G or 1, 2, R, HB].
-        offset: keys of a zero latent, float32 [G, 2, HB].
-    """
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    group = head // REPEATS
-    place = sequence * (GROUPS * REPEATS) + head
-    column = tl.program_id(0) * BK + tl.arange(0, BK)
+    """P and Q of one query head in some columns."""
     inside = column < d // 2
     q1 = tl.load(q + place * d + column, mask=inside, other=0.0).to(tl.float32)
     q2 = tl.load(q + place * d + d // 2 + column, mask=inside, other=0.0).to(tl.float32)
@@ -44,8 +35,6 @@ def lay_out_queries(
     o2 = tl.load(offset + group * (2 * HB) + HB + column)
     tl.store(along + place * (2 * HB) + column, narrow(q1 * o1 + q2 * o2, DTYPE))
     tl.store(along + place * (2 * HB) + HB + column, narrow(q2 * o1 - q1 * o2, DTYPE))
-    if OWN_UP:
-        up += group * (2 * R * HB)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
         keep = (r < R)[None, :]
@@ -57,12 +46,64 @@ def lay_out_queries(
         tl.store(to + HB * R, narrow(q2[:, None] * u1 - q1[:, None] * u2, DTYPE), mask=keep)
 
 
+@triton.jit
+def _turn(
+    q, turned, cos, sin, place, tile, tiles, d: tl.constexpr, FAST: tl.constexpr, T: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The fast pairs of one query head, turned back by the positions of the first tokens of some tiles."""
+    pair = tl.arange(0, FAST)
+    keep = (tile < tiles)[:, None]
+    at = (tile * (T * (d // 2)))[:, None] + pair[None, :]
+    c = tl.load(cos + at, mask=keep, other=0.0)
+    s = tl.load(sin + at, mask=keep, other=0.0)
+    q1 = tl.load(q + place * d + pair).to(tl.float32)[None, :]
+    q2 = tl.load(q + place * d + d // 2 + pair).to(tl.float32)[None, :]
+    to = turned + place.to(tl.int64) * tiles * (2 * FAST) + (tile * (2 * FAST))[:, None] + pair[None, :]
+    tl.store(to, narrow(q1 * c + q2 * s, DTYPE), mask=keep)
+    tl.store(to + FAST, narrow(q2 * c - q1 * s, DTYPE), mask=keep)
+
+
+@triton.jit(do_not_specialize=("tiles",))
+def lay_out_queries(
+    q, both, along, up, offset, turned, cos, sin, lengths, tiles,
+    d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, R: tl.constexpr,
+    FAST: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Grid ((HB − FAST) / BK and, with fast pairs, ⌈tiles / BT⌉ more, H, B).
+
+    Args (in memory):
+        q: [B, H, d].
+        both: written, P and Q, [B, H, 2, HB, R]; those of fast pairs are left as they are.
+        along: written, the same of the offset k₀ instead of U, [B, H, 2, HB].
+        up: U in both halves, [G or 1, 2, R, HB].
+        offset: keys of a zero latent, float32 [G, 2, HB].
+        turned: written, [B, H, tiles, 2, FAST]; tiles beyond ``lengths`` are left as they are.
+        cos, sin: of the positions that tokens have, float32 [capacity, d/2].
+    """
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    group = head // REPEATS
+    place = sequence * (GROUPS * REPEATS) + head
+    BLOCKS: tl.constexpr = (HB - FAST) // BK
+    if tl.program_id(0) < BLOCKS:
+        column = FAST + tl.program_id(0) * BK + tl.arange(0, BK)
+        own = up
+        if OWN_UP:
+            own += group * (2 * R * HB)
+        _lay_out(q, both, along, own, offset, place, group, column, d, R, HB, BR, DTYPE)
+    elif FAST > 0:
+        first = (tl.program_id(0) - BLOCKS) * BT
+        if first * T < tl.load(lengths + sequence):
+            _turn(q, turned, cos, sin, place, first + tl.arange(0, BT), tiles, d, FAST, T, DTYPE)
+
+
 @triton.jit(do_not_specialize=("spans",))
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
-    R: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+    R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈N · J / BM⌉, H, B): one product [BM, 2 HB] [2 HB, R].
+    """Grid (⌈N · J / BM⌉, H, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), R].
 
     Args (in memory):
         both, along: of ``lay_out_queries``; ``along`` is not read where keys are CENTERED.
@@ -81,7 +122,8 @@ def absorb(
     at_both = both + place.to(tl.int64) * (2 * HB * R) + k[:, None] * R + n[None, :]
     total = zeros(BM, BN)
     base = tl.zeros((BM,), tl.float32)
-    for start in range(0, 2 * HB, BK):
+    for column in range(0, 2 * (HB - FAST), BK):
+        start = column + FAST + (column >= HB - FAST) * FAST
         x = tl.load(at_turns + start)
         total = dot(x, tl.load(at_both + start * R, mask=narrower, other=0.0), total, DTYPE)
         if not CENTERED:
@@ -99,12 +141,13 @@ def _spread(x, BH: tl.constexpr):
     return tl.reshape(x, (x.shape[0], BH))
 
 
-@triton.jit(do_not_specialize=("slots", "pitch", "splits", "spans"))
+@triton.jit(do_not_specialize=("slots", "pitch", "splits", "spans", "tiles"))
 def attend_absorbed(
-    out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis,
-    slots, pitch, splits, scale, spans, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
+    out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis, turned, up, offset, relative,
+    slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
+    FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -113,6 +156,9 @@ def attend_absorbed(
     Args (in memory):
         w, bias: of ``absorb``.
         basis: φ [S, J], S a multiple of T.
+        turned: of ``lay_out_queries``; this, what it takes and the next three are read with FAST pairs only.
+        up, offset: as there.
+        relative: cos and sin of the positions 0 … LONGEST − 1, [2, LONGEST, HB].
     NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
     """
     begin, end, _, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
@@ -126,8 +172,24 @@ def attend_absorbed(
     at_bias = bias + head.to(tl.int64) * spans * J + term % J
     at_w = w + ((head.to(tl.int64) * spans * J + term % J) * R)[None, :]
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
+    COUNT: tl.constexpr = len(KEY_PIECES) // 7
+    ups = ()
+    if FAST > 0:
+        if OWN_UP:
+            up += row * (2 * R * HB)
+        offset += row * (2 * HB)
+        pair = tl.arange(0, FAST)
+        for part in tl.static_range(2 if RESIDENT else 0):
+            for i in tl.static_range(COUNT):
+                ups = ups + (up_piece(up + part * (R * HB), pair, KEY_PIECES, i, HB),)
+        at_table = relative + tl.arange(0, T)[:, None] * HB + pair[None, :]
+        cos = tl.load(at_table)
+        sin = tl.load(at_table + LONGEST * HB)
+        # Their score is added to a head's first term: of the others the query is zero.
+        once = (term % J == 0)[None, :]
+        at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + pair[:, None]
     m = tl.full((RH,), EMPTY, tl.float32)
-    total = tl.zeros((RH,), tl.float32)
+    totals = zeros(T, RH)  # of every place in a tile: summed up once, at the end
     accs = no_values(VALUE_PIECES, BH)
     at = begin + tl.arange(0, T)
     factor = norms(stored, sequence, at, at < end, row, GROUPS, NORM)
@@ -137,19 +199,32 @@ def attend_absorbed(
         following = norms(stored, sequence, slot + T, slot + T < end, row, GROUPS, NORM)
         span = tile // S
         x = zeros(T, RH * J)
-        for i in tl.static_range(len(KEY_PIECES) // 7):
+        cs = ()
+        for i in tl.static_range(COUNT):
             c = latent(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
             k = KEY_PIECES[7 * i + 6] + tl.arange(0, KEY_PIECES[7 * i + 4])
             x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, DTYPE)
+            cs = cs + (c,)
         if not CENTERED:
             x += tl.load(at_bias + span * J)[None, :]
         phi = tl.load(at_basis + tile % S * J).to(tl.float32)
-        s = tl.sum(tl.reshape(x, (T, RH, J)) * phi[:, None, :], 2)
+        terms = tl.reshape(x, (T, RH, J)) * phi[:, None, :]
+        if FAST > 0:
+            k1 = half_keys(cs, ups, up, offset, pair, 0, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
+            k2 = half_keys(cs, ups, up + R * HB, offset + HB, pair, COUNT, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
+            at_tile = at_turned + tile // T * (2 * FAST)
+            q1 = tl.load(at_tile, mask=once, other=0.0)
+            q2 = tl.load(at_tile + FAST, mask=once, other=0.0)
+            x = dot(narrow(k1 * cos - k2 * sin, DTYPE), q1, zeros(T, RH * J), DTYPE)
+            x = dot(narrow(k2 * cos + k1 * sin, DTYPE), q2, x, DTYPE)
+            terms += tl.reshape(x, (T, RH, J))
+        s = tl.sum(terms, 2)
         if NORM >= 0:
             s *= factor[:, None]
-        p, m, total, alpha = softmax(s * scale, valid, m, total)
+        p, m, alpha = exponentials(s * scale, valid, m)
+        totals = totals * alpha[None, :] + p
         accs = add_values(
             accs, _spread(p, BH), tl.reshape(_spread(alpha[None, :], BH), (BH,)), stored, sequence, slot, valid,
             row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights,
@@ -158,7 +233,7 @@ def attend_absorbed(
         factor = following
     n = tl.arange(0, BH)
     m = tl.reshape(_spread(m[None, :], BH), (BH,))
-    total = tl.reshape(_spread(total[None, :], BH), (BH,))
+    total = tl.reshape(_spread(tl.sum(totals, 0)[None, :], BH), (BH,))
     leave(
         accs, m, total, out, partial, lse, row * REPEATS + n % RH, n < REPEATS, GROUPS * REPEATS, splits, E, SPLIT,
         VALUE_PIECES, DTYPE,

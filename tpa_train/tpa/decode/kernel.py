@@ -118,12 +118,18 @@ def part_of(lengths, rows, slots, pitch, splits, HAS_ROWS: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def softmax(s, valid, m, total):
-    """One tile of the running softmax, base 2. Returns p [T, BH], the new maximum and sum, and what scales the old."""
+def exponentials(s, valid, m):
+    """One tile of the running softmax, base 2. Returns p [T, BH], the new maximum, and what scales the old."""
     s = tl.where(valid[:, None], s, EMPTY)
     new = tl.maximum(m, tl.max(s, 0))
     alpha = tl.exp2(m - new)
-    p = tl.exp2(s - new[None, :])
+    return tl.exp2(s - new[None, :]), new, alpha
+
+
+@triton.jit
+def softmax(s, valid, m, total):
+    """As ``exponentials``, and the new sum."""
+    p, new, alpha = exponentials(s, valid, m)
     return p, new, total * alpha + tl.sum(p, 0), alpha
 
 

@@ -54,9 +54,10 @@ def attend_triton(
     plan = plan_of(attention, queries.dtype, queries.device)
     tiles = tiles or _chosen(attention, plan, queries, cached)
     if found := _absorbed_keys(plan, tiles):
-        # W is in memory for all sequences of a launch.
-        each = queries.shape[1] * _spans(cached, found) * found.terms * plan.up.shape[-1] * queries.itemsize
-        size = max(1, GROUP_BYTES // each)
+        # W and the turned queries are in memory for all sequences of a launch.
+        numbers = _steps(cached, found.span) * found.terms * plan.up.shape[-1]
+        numbers += _steps(cached, tiles.tokens) * 2 * found.fast
+        size = max(1, GROUP_BYTES // (queries.shape[1] * numbers * queries.itemsize))
         if size < len(queries):
             starts = range(0, len(queries), size)
             return torch.cat([
@@ -142,9 +143,10 @@ def prepare(
     found = _absorbed_keys(plan, tiles)
     if found is not None:
         up = plan.lay_out(key_pieces, half, dtype)
-        launches, vectors, shape = _absorb(plan, found, queries, cached, up)
+        launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, _spans(cached, found))
+        steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
+        arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
     elif plan.rebuilt:
         up = plan.lay_out(key_pieces, half, dtype)
@@ -179,45 +181,57 @@ def _absorbed_keys(plan: Plan, tiles: Tiles) -> AbsorbedKeys | None:
     """Returns how U goes into the queries, None where it does not."""
     if not plan.rebuilt or tiles.absorbed is False:
         return None
-    return plan.absorb(tiles.tokens, tiles.absorbed is True)
+    return plan.absorb(tiles.tokens, tiles.absorbed is True, tiles.fast)
 
 
-def _spans(cached: CachedTokens, found: AbsorbedKeys) -> int:
-    return triton.cdiv(cached.rotary[0].shape[0], found.span)
+def _steps(cached: CachedTokens, size: int) -> int:
+    """Returns how many times ``size`` tokens hold every position that there may be."""
+    return triton.cdiv(cached.rotary[0].shape[0], size)
 
 
 def _absorb(
-    plan: Plan, found: AbsorbedKeys, queries: Tensor, cached: CachedTokens, up: Tensor
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Returns what makes the vectors of all spans, those, their offsets and φ, and what else ``attend_absorbed`` takes.
+    plan: Plan, found: AbsorbedKeys, queries: Tensor, cached: CachedTokens, up: Tensor, tiles: Tiles
+) -> tuple[list[Launch], tuple[Tensor, ...], dict[str, Any]]:
+    """Returns what makes the vectors of all spans and the turned queries of all tiles; what ``attend_absorbed`` reads
+    beside the cache; and its further options.
 
     ``up``: U as ``Plan.lay_out`` gives it, [G or 1, 2, R, HB].
     """
-    (batch, heads, d), (owners, _, rank, half), spans = queries.shape, up.shape, _spans(cached, found)
-    groups, across = len(plan.offset), power_of_two(rank)
+    (batch, heads, d), (owners, _, rank, half), fast = queries.shape, up.shape, found.fast
+    groups, across, spans, steps = (
+        len(plan.offset), power_of_two(rank), _steps(cached, found.span), _steps(cached, tiles.tokens)
+    )  # fmt: skip
     both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
     w = queries.new_empty(batch, heads, spans, found.terms, rank)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
-    shape = {"J": found.terms, "S": found.span, "CENTERED": plan.centered, "R": rank}
-    shared = {"HB": half, "DTYPE": DTYPES[queries.dtype]}
+    turned = queries.new_empty(batch, heads, steps, 2, fast) if fast else queries  # not touched where there are none
+    shared = {"R": rank, "FAST": fast, "HB": half}
+    vectors = {"J": found.terms, "S": found.span, "CENTERED": plan.centered} | shared
+    dtype, at_once, rest = {"DTYPE": DTYPES[queries.dtype]}, 64, half - fast
+    blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
     launches = [
         Launch(
-            absorbed.lay_out_queries, (half // LEAST, heads, batch), (queries, both, along, up, plan.offset),
+            absorbed.lay_out_queries, (blocks, heads, batch),
+            (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
             {
-                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "R": rank, "BK": LEAST,
-                "BR": 64, **shared,
+                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens,
+                "BK": LEAST, "BR": 64, "BT": at_once, **shared, **dtype,
             },
         ),
         Launch(
             absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
             (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
             {
-                "BM": 128, "BN": across, "BK": min(64, 2 * half), "num_warps": 4 if across <= 64 else 8,
-                "num_stages": 3, **shape, **shared,
+                "BM": 128, "BN": across, "BK": min(64, rest & -rest), "num_warps": 4 if across <= 64 else 8,
+                "num_stages": 3, **vectors, **dtype,
             },
         ),
     ]  # fmt: skip
-    return launches, (w, bias, found.basis), shape | {"RH": plan.heads}
+    further = {
+        "RH": plan.heads, "OWN_UP": owners > 1, "LONGEST": LONGEST,
+        "RESIDENT": 2 * fast * rank * queries.itemsize <= tiles.resident << 10,
+    }  # fmt: skip
+    return launches, (w, bias, found.basis, turned, up, plan.offset, plan.relative), vectors | further
 
 
 def _is_scales(stored: Tensor) -> bool:

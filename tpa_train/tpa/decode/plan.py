@@ -107,24 +107,24 @@ class Plan:
             self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
 
-    def absorb(self, tokens: int, always: bool = False) -> AbsorbedKeys | None:
+    def absorb(self, tokens: int, always: bool = False, fast: int | None = None) -> AbsorbedKeys | None:
         """Returns how U goes into the queries of tiles of ``tokens``; None where keys are rebuilt.
 
-        Which they are in local layers: spans of a ring begin anywhere.
+        Which they are in local layers: spans of a ring begin anywhere. ``fast``: as ``turning`` takes it.
         """
-        key = (tokens, always)
+        key = (tokens, always, fast)
         if key not in self.absorbed:
             device = self.relative.device
             if _recorded(device):
                 return None
             found = None
             if self.kind == "global" and self.gamma is None:  # norms of keys need keys
-                found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always)
+                found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always, fast)
             if found is not None:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
                 bends = F.pad(found.bends, (0, pad)).to(device, torch.float32)
                 basis = found.basis.to(device, self.relative.dtype).contiguous()
-                found = AbsorbedKeys(found.span, found.terms, basis, bends)
+                found = AbsorbedKeys(found.span, found.terms, found.fast, basis, bends)
             self.absorbed[key] = found
         return self.absorbed[key]
 
@@ -135,6 +135,7 @@ class AbsorbedKeys:
 
     span: int
     terms: int
+    fast: int
     basis: Tensor
     bends: Tensor
     made: dict[int, Tensor] = field(default_factory=dict)
@@ -154,11 +155,11 @@ class AbsorbedKeys:
 
 @cache
 def _turning(
-    config: Gemma3Config, tokens: int, heads: int, rank: int, dtype: torch.dtype, always: bool
+    config: Gemma3Config, tokens: int, heads: int, rank: int, dtype: torch.dtype, always: bool, fast: int | None
 ) -> Turning | None:
     """``turning`` in global layers, once for all of them: it takes a decomposition for every span."""
     cos, sin = (t.squeeze(1) for t in rotary_table(config, "global", torch.arange(max(SPANS))))
-    return turning((cos, sin), tokens, heads, rank, dtype, always)
+    return turning((cos, sin), tokens, heads, rank, dtype, always, fast)
 
 
 def _recorded(device: torch.device) -> bool:
