@@ -183,8 +183,9 @@ def attend_absorbed(
             for i in tl.static_range(COUNT):
                 ups = ups + (up_piece(up + part * (R * HB), pair, KEY_PIECES, i, HB),)
         at_table = relative + tl.arange(0, T)[:, None] * HB + pair[None, :]
-        cos = tl.load(at_table)
-        sin = tl.load(at_table + LONGEST * HB)
+        if FAST <= 32:  # more would fill the registers
+            cos = tl.load(at_table)
+            sin = tl.load(at_table + LONGEST * HB)
         # Their score is added to a head's first term: of the others the query is zero.
         once = (term % J == 0)[None, :]
         at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + pair[:, None]
@@ -214,6 +215,10 @@ def attend_absorbed(
         if FAST > 0:
             k1 = half_keys(cs, ups, up, offset, pair, 0, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
             k2 = half_keys(cs, ups, up + R * HB, offset + HB, pair, COUNT, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
+            if FAST > 32:  # not loaded before the loop: see ``rebuilt``
+                shift = tl.multiple_of((tile - begin) % T, 4)
+                cos = tl.load(at_table + shift)
+                sin = tl.load(at_table + shift + LONGEST * HB)
             at_tile = at_turned + tile // T * (2 * FAST)
             q1 = tl.load(at_tile, mask=once, other=0.0)
             q2 = tl.load(at_tile + FAST, mask=once, other=0.0)

@@ -131,6 +131,8 @@ def prepare(
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
     arguments = (
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
         nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
