@@ -133,6 +133,36 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 8])
+def test_latents_of_several_heads_are_read_as_one_row(bits):
+    attention = layer(4, LayerSpec("latent", 32, "latent", 32, bits))
+    tiles = dataclasses.replace(SMALL, tokens=32, largest=64, absorbed=True, joined=2)
+    queries, cached, _ = filled(attention, [37, 20], 40, F32)
+    plan = plan_of(attention, F32, torch.device("cpu"))
+    launches = prepare(attention, plan, queries, cached, tiles, 2)[1]
+    assert launches[2].grid == (2, 2, 2) and launches[2].options["JOINED"] == 2 and not plan.joins(8)
+    assert _errors(attention, [37, 20], 40, F32, [1, 0], tiles, splits=2)[0] < 2e-6
+    error, reference = _errors(attention, [37, 20], 40, BF16, tiles=tiles, splits=1)
+    assert error < 2 * reference < 3e-2
+
+
+@pytest.mark.parametrize(
+    "spec,changes",
+    [
+        (LayerSpec("latent", 35, "latent", 32), {}),  # does not fill its blocks
+        (LayerSpec("latent", 32, "latent", 24, 8), {}),  # nor groups
+        (LayerSpec("latent", 64, "latent", 32, (8, 4), 8), {}),  # of two widths
+        (LayerSpec("tucker", 32, "tucker", 32, heads_k=2, heads_v=2), {}),  # mixed for every head, with norms
+        (LayerSpec("latent", 32, "contextual", 1), {}),  # no rows of KV heads
+        (LayerSpec("latent", 32, "latent", 32), {"num_heads": 12}),  # three query heads a KV head
+    ],
+)
+def test_latents_that_are_no_row_of_several_heads(spec, changes):
+    attention = layer(4, spec, **({"head_dim": 64} | changes)).float()
+    assert not plan_of(attention, F32, torch.device("cpu")).joins(2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("fast,size", [(0, 20000), (16, 12000)])
 def test_a_batch_in_parts_whose_vectors_fit_memory(monkeypatch, fast, size):
     attention = layer(2, FORMS["latent"])

@@ -147,7 +147,7 @@ def attend_absorbed(
     slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
-    FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr, HB: tl.constexpr,
+    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -160,6 +160,7 @@ def attend_absorbed(
         up, offset: as there.
         relative: cos and sin of the positions 0 … LONGEST − 1, [2, LONGEST, HB].
     NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
+    JOINED: KV heads whose latents, side by side, are one row; GROUPS, REPEATS, RH and PIECES count such rows.
     """
     begin, end, _, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
     if SPLIT:
@@ -171,6 +172,7 @@ def attend_absorbed(
     head = (tl.program_id(2) * GROUPS + row) * REPEATS + tl.where(term // J < REPEATS, term // J, 0)
     at_bias = bias + head.to(tl.int64) * spans * J + term % J
     at_w = w + ((head.to(tl.int64) * spans * J + term % J) * R)[None, :]
+    owner = term // J // (RH // JOINED)  # of the joined KV heads
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     ups = ()
@@ -206,7 +208,11 @@ def attend_absorbed(
                 stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
             )
             k = KEY_PIECES[7 * i + 6] + tl.arange(0, KEY_PIECES[7 * i + 4])
-            x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, DTYPE)
+            if JOINED > 1:
+                at_own = at_w + k[:, None] - (owner * R)[None, :] + span * (J * R)
+                x = dot(c, tl.load(at_own, mask=k[:, None] // R == owner[None, :], other=0.0), x, DTYPE)
+            else:
+                x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, DTYPE)
             cs = cs + (c,)
         if not CENTERED:
             x += tl.load(at_bias + span * J)[None, :]
@@ -241,5 +247,5 @@ def attend_absorbed(
     total = tl.reshape(_spread(tl.sum(totals, 0)[None, :], BH), (BH,))
     leave(
         accs, m, total, out, partial, lse, row * REPEATS + n % RH, n < REPEATS, GROUPS * REPEATS, splits, E, SPLIT,
-        VALUE_PIECES, DTYPE,
+        VALUE_PIECES, DTYPE, REPEATS // JOINED if JOINED > 1 else 0,
     )  # fmt: skip

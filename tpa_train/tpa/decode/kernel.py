@@ -136,9 +136,12 @@ def softmax(s, valid, m, total):
 @triton.jit
 def leave(
     accs, m, total, out, partial, lse, head, inside, heads, splits,
-    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr,
+    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, SHARING: tl.constexpr = 0,
 ):  # fmt: skip
-    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2."""
+    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2.
+
+    SHARING: heads of each KV head where rows are those of several, one beside the other, and a head has its own's.
+    """
     place = tl.program_id(2) * heads + head
     scale = 1.0 / tl.where(total > 0, total, 1.0)
     if SPLIT:
@@ -147,13 +150,18 @@ def leave(
         # Of the columns that are stored, those of the piece.
         column = PIECES[7 * i + 5] + tl.arange(0, PIECES[7 * i + 4])
         keep = inside[:, None] & (tl.arange(0, PIECES[7 * i + 4]) < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :]
+        to = column[None, :]
+        if SHARING > 0:
+            own = (tl.arange(0, head.shape[0]) // SHARING * E)[:, None]
+            keep = keep & (to >= own) & (to < own + E)
+            to = to - own
         x = accs[i] * scale[:, None]
         if SPLIT:
             at = (place.to(tl.int64) * splits + tl.program_id(1)) * E
-            tl.store(partial + at[:, None] + column[None, :], x, mask=keep)
+            tl.store(partial + at[:, None] + to, x, mask=keep)
         else:
             at = place.to(tl.int64) * E
-            tl.store(out + at[:, None] + column[None, :], narrow(x, DTYPE), mask=keep)
+            tl.store(out + at[:, None] + to, narrow(x, DTYPE), mask=keep)
 
 
 @triton.jit

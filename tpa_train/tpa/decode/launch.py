@@ -19,10 +19,11 @@ from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import absorbed, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
-from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, Rows, pieces, plan_of, power_of_two
 from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import chosen, key_of
+from tpa_train.tpa.entries import Entry
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
@@ -106,14 +107,18 @@ def prepare(
     """Returns the result [B, H, e or, of a joint latent, r] to be, and the launches that fill it."""
     config, dtype = attention.config, queries.dtype
     groups, heads, d = config.num_kv_heads, config.num_heads, config.head_dim
-    batch, repeats, half = len(queries), heads // groups, max(LEAST, power_of_two(d // 2))
+    batch, half = len(queries), max(LEAST, power_of_two(d // 2))
     queries = queries.contiguous()
-    grid = groups // plan.per_program
+    found, joined = _absorbed_keys(plan, tiles), 1
+    if found is not None and not found.fast and tiles.joined > 1 and plan.joins(tiles.joined):
+        joined = tiles.joined
+    groups //= joined
+    repeats, grid = heads // groups, groups // plan.per_program
     pitch = _pitch(cached.stored[0])  # the shape that decides: a view of the first slots only may grow with each step
     if splits is None:
         splits = tiles.splits(grid * batch, pitch, _processors(queries.device))
-    keys, values = plan.keys, plan.values
-    width = values.entry.count
+    width = plan.values.entry.count
+    keys, values = (_joined(rows, joined) for rows in (plan.keys, plan.values))
     out = queries.new_empty(batch, heads, width)
     partial, lse = out, out  # not touched where there is one split
     if splits > 1:
@@ -142,11 +147,11 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
-    found = _absorbed_keys(plan, tiles)
     if found is not None:
-        up = plan.lay_out(key_pieces, half, dtype)
+        up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
+        options |= {"JOINED": joined, "RH": joined * plan.heads}
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -177,6 +182,14 @@ def prepare(
 def _pitch(stored: Tensor) -> int:
     """Returns the tokens from one row of a buffer to the next: more than its slots where it is a view of the first."""
     return stored.stride(0) // stored[0, 0].numel()
+
+
+def _joined(rows: Rows, count: int) -> Rows:
+    """Returns the rows of KV heads as so many times fewer that are as many times longer; see ``Plan.joins``."""
+    if count == 1:
+        return rows
+    entry = rows.entry
+    return replace(rows, entry=Entry(entry.rows // count, entry.count * count, entry.segments[0][2]))
 
 
 def _absorbed_keys(plan: Plan, tiles: Tiles) -> AbsorbedKeys | None:
@@ -229,10 +242,8 @@ def _absorb(
             },
         ),
     ]  # fmt: skip
-    further = {
-        "RH": plan.heads, "OWN_UP": owners > 1, "LONGEST": LONGEST,
-        "RESIDENT": 2 * fast * rank * queries.itemsize <= tiles.resident << 10,
-    }  # fmt: skip
+    resident = 2 * fast * rank * queries.itemsize <= tiles.resident << 10
+    further = {"OWN_UP": owners > 1, "LONGEST": LONGEST, "RESIDENT": resident}
     return launches, (w, bias, found.basis, turned, up, plan.offset, plan.relative), vectors | further
 
 

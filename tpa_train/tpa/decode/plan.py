@@ -92,6 +92,22 @@ class Plan:
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     absorbed: dict[tuple, AbsorbedKeys | None] = field(default_factory=dict)
 
+    def joins(self, count: int) -> bool:
+        """Returns whether ``count`` KV heads' latents, which lie side by side, can be read as one row.
+
+        Their numbers have to fill whole blocks, of one width; heads, a power of two.
+        """
+        rows, heads = (self.keys, self.values), self.config.num_heads // self.config.num_kv_heads
+        if self.config.num_kv_heads % count or heads != self.heads or self.norm >= 0:
+            return False
+        if sum(block for _, block in _blocks(self.keys.entry.count, LONGEST, LEAST)) > self.keys.entry.count:
+            return False
+        for one in rows:
+            unit = LEAST if one.entry.exact else GROUP
+            if one.mode != OWN or one.entry.rows == 1 or len(one.entry.segments) > 1 or one.entry.count % unit:
+                return False
+        return True
+
     def lay_out(self, key_pieces: tuple[int, ...], half: int, dtype: torch.dtype) -> Tensor:
         """Returns U as ``rebuilt.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
         if key_pieces not in self.laid_out:
