@@ -147,7 +147,8 @@ def attend_absorbed(
     slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
-    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr, HB: tl.constexpr,
+    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr,
+    HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
