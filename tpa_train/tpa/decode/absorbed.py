@@ -168,12 +168,14 @@ def attend_absorbed(
         if begin >= end:
             return
     row = tl.program_id(0)
-    term = tl.arange(0, RH * J)
+    # Columns of W are two terms of every head, then two more: a thread has all of a head's in a product's result.
+    column = tl.arange(0, RH * J)
+    member, term = column // 2 % RH, column // (2 * RH) * 2 + column % 2
     # Of heads that only fill a product, the first stands for all.
-    head = (tl.program_id(2) * GROUPS + row) * REPEATS + tl.where(term // J < REPEATS, term // J, 0)
-    at_bias = bias + head.to(tl.int64) * spans * J + term % J
-    at_w = w + ((head.to(tl.int64) * spans * J + term % J) * R)[None, :]
-    owner = term // J // (RH // JOINED)  # of the joined KV heads
+    head = (tl.program_id(2) * GROUPS + row) * REPEATS + tl.where(member < REPEATS, member, 0)
+    at_bias = bias + head.to(tl.int64) * spans * J + term
+    at_w = w + ((head.to(tl.int64) * spans * J + term) * R)[None, :]
+    owner = member // (RH // JOINED)  # of the joined KV heads
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     ups = ()
@@ -190,7 +192,7 @@ def attend_absorbed(
             cos = tl.load(at_table)
             sin = tl.load(at_table + LONGEST * HB)
         # Their score is added to a head's first term: of the others the query is zero.
-        once = (term % J == 0)[None, :]
+        once = (term == 0)[None, :]
         at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + pair[:, None]
     m = tl.full((RH,), EMPTY, tl.float32)
     totals = zeros(T, RH)  # of every place in a tile: summed up once, at the end
@@ -218,7 +220,7 @@ def attend_absorbed(
         if not CENTERED:
             x += tl.load(at_bias + span * J)[None, :]
         phi = tl.load(at_basis + tile % S * J).to(tl.float32)
-        terms = tl.reshape(x, (T, RH, J)) * phi[:, None, :]
+        terms = tl.reshape(x, (T, J // 2, RH, 2)) * tl.reshape(phi, (T, J // 2, 1, 2))
         if FAST > 0:
             k1 = half_keys(cs, ups, up, offset, pair, 0, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
             k2 = half_keys(cs, ups, up + R * HB, offset + HB, pair, COUNT, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
@@ -231,8 +233,8 @@ def attend_absorbed(
             q2 = tl.load(at_tile + FAST, mask=once, other=0.0)
             x = dot(narrow(k1 * cos - k2 * sin, DTYPE), q1, zeros(T, RH * J), DTYPE)
             x = dot(narrow(k2 * cos + k1 * sin, DTYPE), q2, x, DTYPE)
-            terms += tl.reshape(x, (T, RH, J))
-        s = tl.sum(terms, 2)
+            terms += tl.reshape(x, (T, J // 2, RH, 2))
+        s = tl.sum(tl.sum(terms, 3), 1)
         if NORM >= 0:
             s *= factor[:, None]
         p, m, alpha = exponentials(s * scale, valid, m)
