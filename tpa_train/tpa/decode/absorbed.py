@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
-from tpa_train.tpa.decode.rebuilt import half_keys, latent, norms, up_piece
+from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
 
 
@@ -58,9 +58,9 @@ def _turn(
     s = tl.load(sin + at, mask=keep, other=0.0)
     q1 = tl.load(q + place * d + pair).to(tl.float32)[None, :]
     q2 = tl.load(q + place * d + d // 2 + pair).to(tl.float32)[None, :]
-    to = turned + place.to(tl.int64) * tiles * (2 * FAST) + (tile * (2 * FAST))[:, None] + pair[None, :]
-    tl.store(to, narrow(q1 * c + q2 * s, DTYPE), mask=keep)
-    tl.store(to + FAST, narrow(q2 * c - q1 * s, DTYPE), mask=keep)
+    to = turned + place.to(tl.int64) * tiles * (2 * FAST) + (tile * (2 * FAST))[:, None]
+    both = narrow(tl.interleave(q1 * c + q2 * s, q2 * c - q1 * s), DTYPE)
+    tl.store(to + tl.arange(0, 2 * FAST)[None, :], both, mask=keep)
 
 
 @triton.jit(do_not_specialize=("tiles",))
@@ -78,7 +78,7 @@ def lay_out_queries(
         along: written, the same of the offset k₀ instead of U, [B, H, 2, HB].
         up: U in both halves, [G or 1, 2, R, HB].
         offset: keys of a zero latent, float32 [G, 2, HB].
-        turned: written, [B, H, tiles, 2, FAST]; tiles beyond ``lengths`` are left as they are.
+        turned: written, [B, H, tiles, FAST, 2]; tiles beyond ``lengths`` are left as they are.
         cos, sin: of the positions that tokens have, float32 [capacity, d/2].
     """
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -143,12 +143,11 @@ def _spread(x, BH: tl.constexpr):
 
 @triton.jit(do_not_specialize=("slots", "pitch", "splits", "spans", "tiles"))
 def attend_absorbed(
-    out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis, turned, up, offset, relative,
+    out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis, turned, up, offset, table,
     slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
-    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, RESIDENT: tl.constexpr, LONGEST: tl.constexpr,
-    HB: tl.constexpr,
+    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -157,9 +156,9 @@ def attend_absorbed(
     Args (in memory):
         w, bias: of ``absorb``.
         basis: φ [S, J], S a multiple of T.
-        turned: of ``lay_out_queries``; this, what it takes and the next three are read with FAST pairs only.
+        turned: of ``lay_out_queries``; this and the next three are read with FAST pairs only.
         up, offset: as there.
-        relative: cos and sin of the positions 0 … LONGEST − 1, [2, LONGEST, HB].
+        table: cos and sin of the positions 0 … T − 1, [T, FAST, 2].
     NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
     JOINED: KV heads whose latents, side by side, are one row; GROUPS, REPEATS, RH and PIECES count such rows.
     """
@@ -180,30 +179,35 @@ def attend_absorbed(
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     ups = ()
     if FAST > 0:
+        # Both numbers of a pair lie side by side, and so in one thread.
+        place = tl.arange(0, 2 * FAST)
         if OWN_UP:
             up += row * (2 * R * HB)
-        offset += row * (2 * HB)
-        pair = tl.arange(0, FAST)
-        for part in tl.static_range(2 if RESIDENT else 0):
-            for i in tl.static_range(COUNT):
-                ups = ups + (up_piece(up + part * (R * HB), pair, KEY_PIECES, i, HB),)
-        at_table = relative + tl.arange(0, T)[:, None] * HB + pair[None, :]
+        at_up = up + (place % 2 * (R * HB) + place // 2)[None, :]
+        for i in tl.static_range(COUNT):
+            k = KEY_PIECES[7 * i + 6] + tl.arange(0, KEY_PIECES[7 * i + 4])
+            ups = ups + (tl.load(at_up + k[:, None] * HB),)
+        origin = tl.load(offset + row * (2 * HB) + place % 2 * HB + place // 2)[None, :]
+        at_table = table + tl.arange(0, T)[:, None] * (2 * FAST) + place[None, :]
         if FAST <= 32:  # more would fill the registers
-            cos = tl.load(at_table)
-            sin = tl.load(at_table + LONGEST * HB)
+            angles = tl.load(at_table)
         # Their score is added to a head's first term: of the others the query is zero.
         once = (term == 0)[None, :]
-        at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + pair[:, None]
+        at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + place[:, None]
     m = tl.full((RH,), EMPTY, tl.float32)
     totals = zeros(T, RH)  # of every place in a tile: summed up once, at the end
     accs = no_values(VALUE_PIECES, BH)
     at = begin + tl.arange(0, T)
     factor = norms(stored, sequence, at, at < end, row, GROUPS, NORM)
+    if not CENTERED:  # as ``norms``, read a tile ahead
+        shift = tl.load(at_bias + begin // S * J)
     for tile in range(begin, end, T):
         slot = tile + tl.arange(0, T)
         valid = slot < end
         following = norms(stored, sequence, slot + T, slot + T < end, row, GROUPS, NORM)
         span = tile // S
+        if not CENTERED:
+            ahead = tl.load(at_bias + tl.minimum((tile + T) // S, spans - 1) * J)
         x = zeros(T, RH * J)
         cs = ()
         for i in tl.static_range(COUNT):
@@ -218,21 +222,23 @@ def attend_absorbed(
                 x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, DTYPE)
             cs = cs + (c,)
         if not CENTERED:
-            x += tl.load(at_bias + span * J)[None, :]
+            x += shift[None, :]
+            shift = ahead
         phi = tl.load(at_basis + tile % S * J).to(tl.float32)
         terms = tl.reshape(x, (T, J // 2, RH, 2)) * tl.reshape(phi, (T, J // 2, 1, 2))
         if FAST > 0:
-            k1 = half_keys(cs, ups, up, offset, pair, 0, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
-            k2 = half_keys(cs, ups, up + R * HB, offset + HB, pair, COUNT, RESIDENT, CENTERED, KEY_PIECES, HB, DTYPE)
+            keys = zeros(T, 2 * FAST)
+            if not CENTERED:
+                keys += origin
+            for i in tl.static_range(COUNT):
+                keys = dot(cs[i], ups[i], keys, DTYPE)
             if FAST > 32:  # not loaded before the loop: see ``rebuilt``
-                shift = tl.multiple_of((tile - begin) % T, 4)
-                cos = tl.load(at_table + shift)
-                sin = tl.load(at_table + shift + LONGEST * HB)
-            at_tile = at_turned + tile // T * (2 * FAST)
-            q1 = tl.load(at_tile, mask=once, other=0.0)
-            q2 = tl.load(at_tile + FAST, mask=once, other=0.0)
-            x = dot(narrow(k1 * cos - k2 * sin, DTYPE), q1, zeros(T, RH * J), DTYPE)
-            x = dot(narrow(k2 * cos + k1 * sin, DTYPE), q2, x, DTYPE)
+                angles = tl.load(at_table + tl.multiple_of((tile - begin) % T, 4))
+            k1, k2 = tl.split(tl.reshape(keys, (T, FAST, 2)))
+            cos, sin = tl.split(tl.reshape(angles.to(tl.float32), (T, FAST, 2)))
+            keys = narrow(tl.interleave(k1 * cos - k2 * sin, k2 * cos + k1 * sin), DTYPE)
+            queries = tl.load(at_turned + tile // T * (2 * FAST), mask=once, other=0.0)
+            x = dot(keys, queries, zeros(T, RH * J), DTYPE)
             terms += tl.reshape(x, (T, J // 2, RH, 2))
         s = tl.sum(tl.sum(terms, 3), 1)
         if NORM >= 0:

@@ -219,7 +219,7 @@ def _absorb(
     both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
     w = queries.new_empty(batch, heads, spans, found.terms, rank)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
-    turned = queries.new_empty(batch, heads, steps, 2, fast) if fast else queries  # not touched where there are none
+    turned = queries.new_empty(batch, heads, steps, fast, 2) if fast else queries  # not touched where there are none
     shared = {"R": rank, "FAST": fast, "HB": half}
     vectors = {"J": found.terms, "S": found.span, "CENTERED": plan.centered} | shared
     dtype, at_once, rest = {"DTYPE": DTYPES[queries.dtype]}, 64, half - fast
@@ -242,9 +242,7 @@ def _absorb(
             },
         ),
     ]  # fmt: skip
-    resident = 2 * fast * rank * queries.itemsize <= tiles.resident << 10
-    further = {"OWN_UP": owners > 1, "LONGEST": LONGEST, "RESIDENT": resident}
-    return launches, (w, bias, found.basis, turned, up, plan.offset, plan.relative), vectors | further
+    return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
 
 
 def _is_scales(stored: Tensor) -> bool:

@@ -140,20 +140,23 @@ class Plan:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
                 bends = F.pad(found.bends, (0, pad)).to(device, torch.float32)
                 basis = found.basis.to(device, self.relative.dtype).contiguous()
-                found = AbsorbedKeys(found.span, found.terms, found.fast, basis, bends)
+                table = self.relative[..., : found.fast].movedim(0, -1).contiguous()
+                found = AbsorbedKeys(found.span, found.terms, found.fast, basis, bends, table)
             self.absorbed[key] = found
         return self.absorbed[key]
 
 
 @dataclass(frozen=True)
 class AbsorbedKeys:
-    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends float32 [2, J, HB]."""
+    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends float32 [2, J, HB]. ``table``: cos and
+    sin of the fast pairs within a tile, [LONGEST, FAST, 2]."""
 
     span: int
     terms: int
     fast: int
     basis: Tensor
     bends: Tensor
+    table: Tensor
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def turns(self, rotary: RotaryTable, spans: int, dtype: torch.dtype) -> Tensor:

@@ -14,26 +14,24 @@ from tpa_train.tpa.decode.unpacking import dot, load_piece, narrow, operand, zer
 
 
 @triton.jit
-def up_piece(up, column, PIECES: tl.constexpr, i: tl.constexpr, HB: tl.constexpr):
+def _up_piece(up, column, PIECES: tl.constexpr, i: tl.constexpr, HB: tl.constexpr):
     """Columns of half of U for one piece, [BLOCK, HC]; ``up`` holds blocks that are padded with zeros."""
     n = PIECES[7 * i + 6] + tl.arange(0, PIECES[7 * i + 4])
     return tl.load(up + n[:, None] * HB + column[None, :])
 
 
 @triton.jit
-def half_keys(
-    cs, ups, up, offset, column, FIRST: tl.constexpr, RESIDENT: tl.constexpr, CENTERED: tl.constexpr,
-    PIECES: tl.constexpr, HB: tl.constexpr, DTYPE: tl.constexpr,
+def _half_keys(
+    cs, ups, up, offset, column, FIRST: tl.constexpr, RESIDENT: tl.constexpr, PIECES: tl.constexpr, HB: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of half of the keys, float32 [T, HC], from the latents' pieces ``cs``; CENTERED: without offset."""
-    k = zeros(cs[0].shape[0], column.shape[0])
-    if not CENTERED:
-        k += tl.load(offset + column)[None, :]
+    """Some columns of half of the keys, float32 [T, HC], from the latents' pieces ``cs``."""
+    k = zeros(cs[0].shape[0], column.shape[0]) + tl.load(offset + column)[None, :]
     for i in tl.static_range(len(PIECES) // 7):
         if RESIDENT:
             k = dot(cs[i], ups[FIRST + i], k, DTYPE)
         else:
-            k = dot(cs[i], up_piece(up, column, PIECES, i, HB), k, DTYPE)
+            k = dot(cs[i], _up_piece(up, column, PIECES, i, HB), k, DTYPE)
     return k
 
 
@@ -87,8 +85,8 @@ def _keys_at_once(
             k1 = dot(c, ups[i], k1, DTYPE)
             k2 = dot(c, ups[COUNT + i], k2, DTYPE)
         else:
-            k1 = dot(c, up_piece(up, column, PIECES, i, HB), k1, DTYPE)
-            k2 = dot(c, up_piece(up + WIDTH * HB, column, PIECES, i, HB), k2, DTYPE)
+            k1 = dot(c, _up_piece(up, column, PIECES, i, HB), k1, DTYPE)
+            k2 = dot(c, _up_piece(up + WIDTH * HB, column, PIECES, i, HB), k2, DTYPE)
     return k1, k2
 
 
@@ -137,7 +135,7 @@ def attend_rebuilt(
             qs = qs + (x,)
             if RESIDENT:
                 for i in tl.static_range(COUNT):
-                    ups = ups + (up_piece(up + part * (WIDTH * HB), column, KEY_PIECES, i, HB),)
+                    ups = ups + (_up_piece(up + part * (WIDTH * HB), column, KEY_PIECES, i, HB),)
     at_table = relative + tl.arange(0, T)[:, None] * HB
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
@@ -167,9 +165,9 @@ def attend_rebuilt(
             column = b * HC + tl.arange(0, HC)
             u, o = up + zero, offset + zero
             if HC < HB:
-                k1 = half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, False, KEY_PIECES, HB, DTYPE)
+                k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
                 u, o = u + WIDTH * HB, o + HB
-                k2 = half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, False, KEY_PIECES, HB, DTYPE)
+                k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
             else:
                 k1, k2 = _keys_at_once(
                     stored, sequence, slot, valid, row, key_weights, ups, u, o, column, KEY_MODE, KEY_ROWS, GROUPS,
