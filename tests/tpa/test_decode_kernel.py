@@ -134,13 +134,16 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [16, 8])
-def test_latents_of_several_heads_are_read_as_one_row(bits):
+def test_latents_of_several_heads_are_read_as_one_row(bits, monkeypatch):
+    """And U is absorbed into four queries at a time, as where there are programs enough."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 1)
     attention = layer(4, LayerSpec("latent", 32, "latent", 32, bits))
     tiles = dataclasses.replace(SMALL, tokens=32, largest=64, absorbed=True, joined=2)
     queries, cached, _ = filled(attention, [37, 20], 40, F32)
     plan = plan_of(attention, F32, torch.device("cpu"))
     launches = prepare(attention, plan, queries, cached, tiles, 2)[1]
-    assert launches[2].grid == (2, 2, 2) and launches[2].options["JOINED"] == 2 and not plan.joins(8)
+    assert launches[1].options["HEADS"] == 4 and launches[2].grid == (2, 2, 2)
+    assert launches[2].options["JOINED"] == 2 and not plan.joins(8)
     assert _errors(attention, [37, 20], 40, F32, [1, 0], tiles, splits=2)[0] < 2e-6
     error, reference = _errors(attention, [37, 20], 40, BF16, tiles=tiles, splits=1)
     assert error < 2 * reference < 3e-2

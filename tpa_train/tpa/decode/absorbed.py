@@ -100,10 +100,11 @@ def lay_out_queries(
 @triton.jit(do_not_specialize=("spans",))
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
-    R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈N · J / BM⌉, H, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), R].
+    """Grid (⌈N · J / BM⌉, H / HEADS, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), HEADS · R], since all heads
+    take the same left side.
 
     Args (in memory):
         both, along: of ``lay_out_queries``; ``along`` is not read where keys are CENTERED.
@@ -113,25 +114,27 @@ def absorb(
     """
     if tl.program_id(0) * BM // J * S >= tl.load(lengths + tl.program_id(2)):
         return
-    place = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * HEADS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     kept = row < spans * J
-    n, k = tl.arange(0, BN), tl.arange(0, BK)
-    narrower = (n < R)[None, :]
+    n, k, member = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, 16)
+    place, r = first + n // (BN // HEADS), n % (BN // HEADS)
+    narrower = (r < R)[None, :]
     at_turns = turns + tl.where(kept, row, 0)[:, None] * (2 * HB) + k[None, :]
-    at_both = both + place.to(tl.int64) * (2 * HB * R) + k[:, None] * R + n[None, :]
-    total = zeros(BM, BN)
-    base = tl.zeros((BM,), tl.float32)
+    at_both = both + (place.to(tl.int64) * (2 * HB * R) + r)[None, :] + k[:, None] * R
+    at_along = along + ((first + member) * (2 * HB))[None, :] + k[:, None]
+    total, base = zeros(BM, BN), zeros(BM, 16)
     for column in range(0, 2 * (HB - FAST), BK):
         start = column + FAST + (column >= HB - FAST) * FAST
         x = tl.load(at_turns + start)
         total = dot(x, tl.load(at_both + start * R, mask=narrower, other=0.0), total, DTYPE)
         if not CENTERED:
-            base += tl.sum(x.to(tl.float32) * tl.load(along + place * (2 * HB) + start + k).to(tl.float32)[None, :], 1)
-    at = place.to(tl.int64) * spans * J + row
+            base = dot(x, tl.load(at_along + start, mask=(member < HEADS)[None, :], other=0.0), base, DTYPE)
     if not CENTERED:
-        tl.store(bias + at, base, mask=kept)
-    tl.store(w + at[:, None] * R + n[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
+        at = (first + member).to(tl.int64)[None, :] * spans * J + row[:, None]
+        tl.store(bias + at, base, mask=kept[:, None] & (member < HEADS)[None, :])
+    at = place.to(tl.int64)[None, :] * spans * J + row[:, None]
+    tl.store(w + at * R + r[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
 
 
 @triton.jit

@@ -223,6 +223,12 @@ def _absorb(
     shared = {"R": rank, "FAST": fast, "HB": half}
     vectors = {"J": found.terms, "S": found.span, "CENTERED": plan.centered} | shared
     dtype, at_once, rest = {"DTYPE": DTYPES[queries.dtype]}, 64, half - fast
+    rows, each = triton.cdiv(spans * found.terms, 128), 1
+    # Several heads share what they all read, where enough programs are left.
+    while 2 * each * across <= 128 and heads % (2 * each) == 0:
+        if rows * heads * batch < 4 * each * _processors(queries.device):
+            break
+        each *= 2
     blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
     launches = [
         Launch(
@@ -234,11 +240,11 @@ def _absorb(
             },
         ),
         Launch(
-            absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
+            absorbed.absorb, (rows, heads // each, batch),
             (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
             {
-                "BM": 128, "BN": across, "BK": min(64, rest & -rest), "num_warps": 4 if across <= 64 else 8,
-                "num_stages": 3, **vectors, **dtype,
+                "HEADS": each, "BM": 128, "BN": each * across, "BK": min(64, rest & -rest),
+                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
             },
         ),
     ]  # fmt: skip
