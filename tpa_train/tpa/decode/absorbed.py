@@ -194,8 +194,12 @@ def attend_absorbed(
         at_table = table + tl.arange(0, T)[:, None] * (2 * FAST) + place[None, :]
         if FAST <= 32:  # more would fill the registers
             angles = tl.load(at_table)
-        # Their score is added to a head's first term: of the others the query is zero.
-        once = (term == 0)[None, :]
+        # Of the columns that a head has in the smallest product, all but the first are zero.
+        QS: tl.constexpr = 2 * RH if RH > 8 else 16
+        column = tl.arange(0, QS)
+        once = ((column // (2 * RH) == 0) & (column % 2 == 0))[None, :]
+        member = tl.where(column // 2 % RH < REPEATS, column // 2 % RH, 0)
+        head = (tl.program_id(2) * GROUPS + row) * REPEATS + member
         at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + place[:, None]
     m = tl.full((RH,), EMPTY, tl.float32)
     totals = zeros(T, RH)  # of every place in a tile: summed up once, at the end
@@ -228,7 +232,8 @@ def attend_absorbed(
             x += shift[None, :]
             shift = ahead
         phi = tl.load(at_basis + tile % S * J).to(tl.float32)
-        terms = tl.reshape(x, (T, J // 2, RH, 2)) * tl.reshape(phi, (T, J // 2, 1, 2))
+        x = tl.reshape(x, (T, J // 2, RH, 2)) * tl.reshape(phi, (T, J // 2, 1, 2))
+        s = tl.sum(tl.sum(x, 3), 1)
         if FAST > 0:
             keys = zeros(T, 2 * FAST)
             if not CENTERED:
@@ -241,9 +246,8 @@ def attend_absorbed(
             cos, sin = tl.split(tl.reshape(angles.to(tl.float32), (T, FAST, 2)))
             keys = narrow(tl.interleave(k1 * cos - k2 * sin, k2 * cos + k1 * sin), DTYPE)
             queries = tl.load(at_turned + tile // T * (2 * FAST), mask=once, other=0.0)
-            x = dot(keys, queries, zeros(T, RH * J), DTYPE)
-            terms += tl.reshape(x, (T, J // 2, RH, 2))
-        s = tl.sum(tl.sum(terms, 3), 1)
+            x = dot(keys, queries, zeros(T, QS), DTYPE)
+            s += tl.sum(tl.sum(tl.reshape(x, (T, QS // (2 * RH), RH, 2)), 3), 1)
         if NORM >= 0:
             s *= factor[:, None]
         p, m, alpha = exponentials(s * scale, valid, m)

@@ -19,7 +19,7 @@ from tpa_train.tpa.decode.turning import MOST
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
-HYBRID = 48  # the same where only the fastest pairs of keys are rebuilt
+THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 LINE = 128  # bytes that memory gives at once
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
@@ -45,9 +45,9 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
                 return Tiles(programs=4)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
             rebuilt = 2 * found.fast * plan.up.shape[-1] * dtype.itemsize
-            if tiles.stages * tiles.tokens * token + rebuilt > HYBRID << 10:
-                return Tiles(stages=1)
-            return Tiles(programs=3, registers=168) if exact else tiles
+            if exact and 3 * tiles.tokens * token + rebuilt <= THREE << 10:
+                return Tiles(stages=3, programs=3, registers=168)
+            return tiles if tiles.stages * tiles.tokens * token + rebuilt <= TWO << 10 else Tiles(stages=1)
         if size > tiles.resident:
             return Tiles(stages=1, largest=64, columns=128)
         # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
@@ -79,7 +79,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
             if absorbing.fast:
                 found += [Tiles(64, 4, 2, programs=3, registers=168, fast=fast) for fast in (32, 64)]
                 found += [Tiles(64, 4, stages, fast=fast) for stages in (1, 2, 3) for fast in (32, 64)]
-                found += [Tiles(64, 4, 3, programs=3, registers=168), Tiles(32, 2, 2, programs=4)]
+                found += [Tiles(64, 4, 2, programs=4, registers=128), Tiles(32, 2, 2, programs=4)]
                 found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128)]
             else:
                 found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
