@@ -5,6 +5,7 @@ import torch
 from random_models import random_model, small_config, tokens
 
 from tpa_train import compilation
+from tpa_train.settings import TrainerSettings
 
 
 class Owner:
@@ -30,6 +31,22 @@ def test_methods_are_compiled_inside_the_context_only(monkeypatch):
         raise RuntimeError
     assert owner.twice(torch.ones(50)).equal(torch.full((50,), 2.0)) and len(graphs) == 17
     assert not vars(owner)
+
+
+@pytest.mark.parametrize("changed,device,recorded", [
+    ({}, "cuda", True), ({}, "cpu", False), ({"accumulate": 2}, "cuda", False),
+    ({"activation_checkpointing": True}, "cuda", False),
+])  # fmt: skip
+def test_passes_are_recorded_where_gradients_do_not_outlive_a_replay(monkeypatch, changed, device, recorded):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options.get("mode")) or f)
+    owner = Owner()
+    owner.teacher = owner.student = random_model(small_config())
+    owner.passes = ("twice",)
+    options = TrainerSettings(compile=True, **changed)
+    with compilation.stage_forwards(owner, options, False, torch.device(device)):
+        pass
+    assert modes == ["reduce-overhead" if recorded else None]
 
 
 def test_the_trace_of_a_layer_is_what_enters_and_leaves_its_attention():

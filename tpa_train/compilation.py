@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tpa_train.distributed.processes import world_size
 from tpa_train.distributed.sharding import wrapped_forwards
 
 if TYPE_CHECKING:
@@ -18,15 +19,18 @@ RECOMPILES = 64  # graphs of one function; by default eight, after which other s
 
 
 @contextmanager
-def compiled(owner: Any, names: tuple[str, ...]) -> Iterator[None]:
+def compiled(owner: Any, names: tuple[str, ...], recorded: bool = False) -> Iterator[None]:
     """Inside the context the methods ``names`` of ``owner`` run compiled, for the shapes that they are given.
 
     A pass is one graph over all layers: with a graph for each layer, starting them takes the host as long as computing
     them takes a GPU. Afterwards ``owner`` is what it was: what is measured next has other shapes, and would be compiled
     for each of them.
+
+    ``recorded``: passes are replayed as CUDA graphs. What one returns is overwritten when it runs for the next batch.
     """
+    options = {"mode": "reduce-overhead"} if recorded else {}
     for name in names:
-        vars(owner)[name] = torch.compile(getattr(owner, name), dynamic=False)
+        vars(owner)[name] = torch.compile(getattr(owner, name), dynamic=False, **options)
     try:
         with many_graphs():
             yield
@@ -50,8 +54,10 @@ def many_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def stage_forwards(module: RecoveryModule, options: TrainerSettings, sharded: bool) -> Iterator[None]:
-    """Inside the context a stage's passes run as the options say: compiled, recomputed, both or neither.
+def stage_forwards(
+    module: RecoveryModule, options: TrainerSettings, sharded: bool, device: torch.device
+) -> Iterator[None]:
+    """Inside the context a stage's passes run on ``device`` as the options say: compiled, recomputed, both or neither.
 
     Sharded weights are gathered layer by layer by hooks, so that each layer is then compiled on its own.
     """
@@ -63,5 +69,15 @@ def stage_forwards(module: RecoveryModule, options: TrainerSettings, sharded: bo
                 stack.enter_context(many_graphs())
             stack.enter_context(wrapped_forwards(layers, compiles, options.activation_checkpointing))
         if options.compile and not sharded:
-            stack.enter_context(compiled(module, module.passes))
+            stack.enter_context(compiled(module, module.passes, _may_record(module, options, device)))
         yield
+
+
+def _may_record(module: RecoveryModule, options: TrainerSettings, device: torch.device) -> bool:
+    """Whether passes can be CUDA graphs: the host is then ahead of a GPU that needs 30 us a kernel.
+
+    Gradients that are added up, or reduced over processes, outlive the replay that they came from; images make every
+    batch another shape.
+    """
+    alone = options.accumulate == 1 and world_size() == 1 and not options.activation_checkpointing
+    return device.type == "cuda" and alone and module.student.config.vision is None

@@ -87,7 +87,7 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            with stage_forwards(module, session.settings.trainer, sharded):
+            with stage_forwards(module, session.settings.trainer, sharded, session.machine.device):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)

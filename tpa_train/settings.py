@@ -34,7 +34,7 @@ class BudgetSettings:
     context: int = 32_768
     # widths that cached numbers may have, one or a list out of 16, 8, 6, 4, 3, 2 (group scales are counted); 16 alone
     # spends the budget on ranks only
-    bits: Any = field(default_factory=lambda: [16, 8, 4, 2])
+    bits: Any = field(default_factory=lambda: [16, 8, 6, 4, 3, 2])
     # ranks are multiples of this
     multiple: int = 8
     # forms that compete, out of: latent, joint, contextual, constant_a; auto takes joint for one KV head, else all

@@ -163,7 +163,8 @@ def test_other_settings_are_another_benchmark(made):
 @pytest.mark.parametrize("changed,message", [
     ({"mixes": ["ranks"]}, "did you mean 'rank'"), ({"ratios": [1.0]}, "above 1"),
     ({"distill_tokens": [-1]}, "must not be negative"), ({"copy_count": 0}, "copy_count=0"),
-    ({"valid": "nowhere.txt"}, "no such file"), ({"texts": ["a/x.txt"]}, "no such file"), ({"mcq": ["nowhere.jsonl"]}, "cannot read the suite"),
+    ({"valid": "nowhere.txt"}, "no such file"), ({"texts": ["a/x.txt"]}, "no such file"),
+    ({"mcq": ["nowhere.jsonl"]}, "cannot read the suite"),
     ({"options": ["recipe.distil.tokens=1"]}, "did you mean"), ({"valid_context": 100_000}, "context"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_anything_is_measured(made, tmp_path, changed, message):

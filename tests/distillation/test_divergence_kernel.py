@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
 CUDA = torch.cuda.is_available()
 
 from tpa_train.distillation import divergence_kernel  # noqa: E402
-from tpa_train.distillation.divergence_kernel import TritonDivergence, scaled_half  # noqa: E402
+from tpa_train.distillation.divergence_kernel import TritonDivergence, _halves, half_of_head, scaled_half  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
 N, D, V = 21, 24, 101
@@ -141,6 +141,20 @@ def test_models_hundreds_of_nats_apart(kind):
     assert loss.max() > (0.5 if kind == "jsd" else 5)
     coded = TritonDivergence(*(t.bfloat16() for t in tensors[:4]), None, divergence)
     assert all(t.isfinite().all() for t in coded(slice(0, N), True))
+
+
+def test_half_of_a_frozen_head_is_kept_until_it_changes():
+    head, others = torch.randn(4, 3), len(_halves)
+    first = half_of_head(head)
+    assert half_of_head(head)[0] is first[0] and torch.equal(first[0], scaled_half(head)[0])
+    head.mul_(3.0)
+    changed = half_of_head(head)
+    assert changed[0] is not first[0] and all(map(torch.equal, changed, scaled_half(head)))
+    learning = torch.nn.Parameter(head)
+    with torch.no_grad():  # as inside of an autograd function
+        assert half_of_head(learning)[0] is not half_of_head(learning)[0]
+    del head, learning
+    assert len(_halves) == others
 
 
 def test_scaled_half():

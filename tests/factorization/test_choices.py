@@ -24,7 +24,7 @@ from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.quantization import fake_quantize
 from tpa_train.tpa.spec import LayerSpec
 
-WIDTHS = (16, 8, 4, 2)
+WIDTHS = (16, 8, 6, 4, 3, 2)
 
 
 def _groups(n=64, size=32, rows=1, decay=0.93, share=1.0):

@@ -310,13 +310,14 @@ def render(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         others = [
             r for r in rows
-            if r["engine"] != "ours-tpa" and r["context"] == row["context"] and r.get("tokens_per_s")
+            if r["engine"] != "ours-tpa" and r.get("tokens_per_s")
+            and (r["shape"], r["context"]) == (row["shape"], row["context"])
         ]  # fmt: skip
         if row["engine"] == "ours-tpa" and row.get("tokens_per_s") and others:
             best = max(others, key=lambda r: r["tokens_per_s"])
             lines.append(
-                f"{row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} sequences, "
-                f"{row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of {best['engine']} "
-                f"({best['batch']} sequences)"
+                f"{row['shape']}, {row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} "
+                f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of "
+                f"{best['engine']} ({best['batch']} sequences)"
             )
     return "\n\n".join(lines)

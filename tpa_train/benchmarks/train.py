@@ -119,7 +119,10 @@ def _session(
 
 
 class Stopwatch(L.Callback):
-    """Times the optimizer steps after the first ``warmup``, data loading and logging included."""
+    """Times the optimizer steps after the first ``warmup``, data loading and logging included.
+
+    Its peak is that of the whole stage: passes that are recorded allocate nothing when they are replayed.
+    """
 
     def __init__(self, device: torch.device, warmup: int, trace: str | None = None) -> None:
         self.device, self.warmup, self.trace = device, warmup, trace
@@ -129,8 +132,6 @@ class Stopwatch(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == self.warmup and index % trainer.accumulate_grad_batches == 0:
             _synchronize(self.device)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
             self._start = time.perf_counter()
         if self.trace and trainer.global_step == trainer.max_steps - 3 and self._profiler is None:
             self._stop(trainer)
@@ -144,12 +145,33 @@ class Stopwatch(L.Callback):
         _synchronize(self.device)
         self._profiler.stop()
         table = self._profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60)
-        Path(self.trace).with_suffix(f".{module.stage}.txt").write_text(table)
+        Path(self.trace).with_suffix(f".{module.stage}.txt").write_text(_idle(self._profiler) + table)
 
     def _stop(self, trainer: L.Trainer) -> None:
         _synchronize(self.device)
         self.seconds, self.steps = time.perf_counter() - self._start, trainer.global_step - self.warmup
         self.peak_gib = _peak_gib(self.device)
+
+
+def _idle(profiler: torch.profiler.profile) -> str:
+    """Returns how long the device waited inside the trace, and between which kernels it waited longest."""
+    cuda = torch.autograd.DeviceType.CUDA
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == cuda and not event.is_user_annotation
+    )
+    if not spans:
+        return ""
+    gaps, (first, end, name) = [], spans[0]
+    for start, stop, following in spans[1:]:
+        if start > end:
+            gaps.append((start - end, name, following))
+        if stop > end:
+            end, name = stop, following
+    waited = sum(gap for gap, *_ in gaps)
+    longest = [f"{gap:10.0f} us  {a[:60]}  ->  {b[:60]}" for gap, a, b in sorted(gaps, reverse=True)[:40]]
+    return "\n".join([f"idle {waited:.0f} of {end - first:.0f} us in {len(gaps)} gaps", *longest, "", ""])
 
 
 def time_stage(

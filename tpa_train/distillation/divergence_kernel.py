@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tpa_train.distillation.divergence import Divergence
 
@@ -372,6 +373,20 @@ def scaled_half(tensor: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]
     return half, 1 / scale
 
 
+_halves = WeakTensorKeyDictionary()  # frozen head -> its version, and ``scaled_half`` of it
+
+
+def half_of_head(head: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ``scaled_half(head)``, which is kept as long as a frozen head lives and does not change."""
+    if head.requires_grad:
+        return scaled_half(head)
+    version, *found = _halves.get(head, (None,))
+    if version != head._version:
+        found = scaled_half(head)
+        _halves[head] = (head._version, *found)
+    return tuple(found)
+
+
 def lost_half(tensor: Tensor, half: Tensor, unit: Tensor) -> Tensor:
     """Returns in float16 what ``tensor`` lost as ``half``, in the same ``unit`` (both from ``scaled_half``)."""
     return (tensor / unit - half).half()
@@ -402,8 +417,8 @@ class TritonDivergence:
             if self.split:
                 self.low_t = lost_half(wide_t, self.hidden_t, scale_t)
                 self.low_s = self.low_t if self.shared else lost_half(wide_s, self.hidden_s, scale_s)
-            self.head_t, unit_t = scaled_half(teacher_head)
-            self.head_s, self.unit = (self.head_t, unit_t) if self.shared else scaled_half(student_head)
+            self.head_s, self.unit = half_of_head(student_head)
+            self.head_t, unit_t = (self.head_s, self.unit) if self.shared else half_of_head(teacher_head)
             self.scale_t = (scale_t * unit_t / divergence.temperature).flatten()
             self.scale_s = (scale_s * self.unit / divergence.temperature).flatten()
             self.range = RANGE[divergence.kind] / 2.0 ** max(0, math.ceil(math.log2(divergence.temperature)))

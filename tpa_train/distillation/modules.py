@@ -211,6 +211,7 @@ class RecoveryModule(L.LightningModule):
         return batch | {"cu_seqlens": document_offsets(ids, filled=self.device.type == "cuda")}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # where passes are recorded: what the last batch left is not read
         loss, metrics = self(batch)
         self._tokens += batch["token_ids"].numel() * self.trainer.world_size
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # other steps are not written

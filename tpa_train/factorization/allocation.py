@@ -30,6 +30,7 @@ from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 LOCAL_BELOW = 8  # without rounding, local layers join when global layers alone would fall below head_dim / 8 numbers
 FORMS = ("latent", "joint", "contextual", "constant_a")  # that a budget may choose from
 MEASURED_RANKS = 3  # contextual forms are measured at R = 1 … this
+MIXED_BITS = (16, 8, 4)  # and in these widths, of those that the budget allows
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Budget:
 
     cache_ratio: float = 4.0
     context: int = 32_768
-    bits: tuple[int, ...] = (16, 8, 4, 2)
+    bits: tuple[int, ...] = (16, 8, 6, 4, 3, 2)
     multiple: int = 8
     forms: tuple[str, ...] = ("latent",)
 
@@ -119,6 +120,8 @@ def layers_to_convert(config: Gemma3Config, budget: Budget) -> list[int]:
 def plan_probes(config: Gemma3Config, budget: Budget, layers: list[int]) -> list[Probe]:
     """Returns what has to be measured to allocate ``budget`` over ``layers``."""
     d, probes = config.head_dim, []
+    # Each width of these is a measurement of its own: those between are left out, where others are allowed.
+    mixed = [b for b in budget.bits if b in MIXED_BITS] or [b for b in budget.bits if b > 2]
     for layer in layers:
         shares = (8, 4, 2) if config.is_global(layer) else (4,)
         if "latent" in budget.forms:
@@ -137,8 +140,7 @@ def plan_probes(config: Gemma3Config, budget: Budget, layers: list[int]) -> list
                     Probe(layer, kind, form, rank, bits)
                     for kind in "kv"
                     for rank in range(1, min(MEASURED_RANKS, config.num_kv_heads - 1) + 1)
-                    for bits in budget.bits
-                    if bits > 2
+                    for bits in mixed
                 ]
     return probes
 
