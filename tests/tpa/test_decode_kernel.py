@@ -133,11 +133,10 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits", [16, 8])
-def test_latents_of_several_heads_are_read_as_one_row(bits, monkeypatch):
+def test_latents_of_several_heads_are_read_as_one_row(monkeypatch):
     """And U is absorbed into four queries at a time, as where there are programs enough."""
     monkeypatch.setattr(launch, "_processors", lambda device: 1)
-    attention = layer(4, LayerSpec("latent", 32, "latent", 32, bits))
+    attention = layer(4, LayerSpec("latent", 32, "latent", 32, 16, 8))
     tiles = dataclasses.replace(SMALL, tokens=32, largest=64, absorbed=True, joined=2)
     queries, cached, _ = filled(attention, [37, 20], 40, F32)
     plan = plan_of(attention, F32, torch.device("cpu"))
@@ -166,14 +165,13 @@ def test_latents_that_are_no_row_of_several_heads(spec, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fast,size", [(0, 20000), (16, 12000)])
-def test_a_batch_in_parts_whose_vectors_fit_memory(monkeypatch, fast, size):
+def test_a_batch_in_parts_whose_vectors_fit_memory(monkeypatch):
     attention = layer(2, FORMS["latent"])
     queries, cached, _ = filled(attention, [18, 7, 1], 20, F32, rows=[2, 0, 1])
-    tiles = dataclasses.replace(SMALL, absorbed=True, fast=fast)
+    tiles = dataclasses.replace(SMALL, absorbed=True, fast=16)
     attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE)
     whole = attend_triton(attention, queries, cached, tiles)
-    monkeypatch.setattr(launch, "GROUP_BYTES", size)  # of two sequences
+    monkeypatch.setattr(launch, "GROUP_BYTES", 12000)  # of two sequences
     calls = []
     monkeypatch.setattr(launch, "prepare", lambda *args: calls.append(len(args[2])) or prepare(*args))
     assert torch.equal(attend_triton(attention, queries, cached, tiles), whole)
