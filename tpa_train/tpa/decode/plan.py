@@ -95,16 +95,16 @@ class Plan:
     def joins(self, count: int) -> bool:
         """Returns whether ``count`` KV heads' latents, which lie side by side, can be read as one row.
 
-        Their numbers have to fill whole blocks, of one width; heads, a power of two.
+        Their numbers have to fill whole blocks, of one width; query heads, a power of two.
         """
-        rows, heads = (self.keys, self.values), self.config.num_heads // self.config.num_kv_heads
+        numbers, heads = self.keys.entry.count, self.config.num_heads // self.config.num_kv_heads
         if self.config.num_kv_heads % count or heads != self.heads or self.norm >= 0:
             return False
-        if sum(block for _, block in _blocks(self.keys.entry.count, LONGEST, LEAST)) > self.keys.entry.count:
+        if sum(block for _, block in _blocks(numbers, power_of_two(numbers), LEAST)) > numbers:
             return False
-        for one in rows:
-            unit = LEAST if one.entry.exact else GROUP
-            if one.mode != OWN or one.entry.rows == 1 or len(one.entry.segments) > 1 or one.entry.count % unit:
+        for rows in (self.keys, self.values):
+            unit = LEAST if rows.entry.exact else GROUP
+            if rows.mode != OWN or rows.entry.rows == 1 or len(rows.entry.segments) > 1 or rows.entry.count % unit:
                 return False
         return True
 
