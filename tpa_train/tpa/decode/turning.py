@@ -126,8 +126,8 @@ def _shortest(
         for terms in TERMS:
             columns = terms * heads
             cost = absorbed_cost(columns, span, slow, rank)
-            if fast:  # their scores are one product with all columns
-                cost += rebuilt_cost(fast, columns, rank)
+            if fast:  # in the product that gives their scores, a head has two columns
+                cost += rebuilt_cost(fast, 2 * heads, rank)
             if terms > min(table.shape) or columns < LEAST or cost >= least:
                 continue
             if not always and (columns > MOST or columns > SHARE * span):
