@@ -53,6 +53,7 @@ CASES = {
     "latent-270m-192": ("270m", 5, S("latent", 192, "latent", 192)),
     "joint-270m-256-8bit": ("270m", 5, S("joint", 256, "joint", 256, 8)),
     "latent-270m-64": ("270m", 5, S("latent", 64, "latent", 64)),
+    "latent-270m-64-ring": ("270m", 0, S("latent", 64, "latent", 64)),
     "latent-4b-64": ("4b", 5, S("latent", 64, "latent", 64)),
     "latent-4b-200-4bit": ("4b", 5, S("latent", 200, "latent", 200, 4)),
     "latent-27b-32": ("27b", 5, S("latent", 32, "latent", 32)),
@@ -82,6 +83,8 @@ def launches_of(
     config = SIZES[size]
     attention = Attention(config, index) if spec is None else FactorizedAttention(config, index, spec)
     attention = attention.to(dtype).requires_grad_(False)
+    for parameter in attention.parameters():  # an offset of keys among them
+        parameter.fill_(1.0)
     slots = config.cached_tokens(index, CONTEXT)
     stored = tuple(torch.zeros(batch, slots, *shape, dtype=own or dtype) for shape, own in attention.storage())
     table = rotary_table(config, attention.kind, torch.arange(CONTEXT))
@@ -110,7 +113,7 @@ def compile_launch(launch: Launch) -> dict:
         else:
             signature[name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, hints)
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
     start = time.perf_counter()
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]

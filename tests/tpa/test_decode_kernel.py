@@ -91,20 +91,21 @@ def test_half_precision_in_a_ring(form):
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["latent 6+16, 2+3", "constant B, contextual", "tucker, whole"])
-@pytest.mark.parametrize("theta", [1e6, 40.0])
-def test_keys_that_are_never_built(form, theta):
-    """U absorbed into the queries, of which a KV head has three; one span or several; an offset of keys or none."""
-    attention = layer(2, FORMS[form], num_heads=6, rope_theta=theta)
+@pytest.mark.parametrize("theta,fast", [(1e6, 0), (40.0, 0), (1e6, 16)])
+def test_keys_that_are_never_built(form, theta, fast):
+    """U absorbed into the queries, of which a KV head has three; one span or several; an offset of keys or none; for
+    all pairs, or for the slowest four."""
+    attention = layer(2, FORMS[form], num_heads=6, rope_theta=theta, rope_scaling_factor=1.0 if fast else 8.0)
     several = theta < 1e6
     lengths, capacity = [140 if several else 37, 5], 140
     if several:
         attention.keys.center.zero_()
-    tiles = dataclasses.replace(SMALL, tokens=32, absorbed=True)
+    tiles = dataclasses.replace(SMALL, tokens=32, absorbed=True, fast=fast)
     queries, cached, _ = filled(attention, lengths, capacity, F32)
     plan = plan_of(attention, F32, torch.device("cpu"))
     *_, second, third, _ = prepare(attention, plan, queries, cached, tiles, 2)[1]
     assert third.kernel is attend_absorbed and second.options["CENTERED"] == several
-    assert (third.options["S"] < 140) == several
+    assert (third.options["S"] < 140) == several and third.options["FAST"] == fast
     error, _ = _errors(attention, lengths, capacity, F32, tiles=tiles, splits=2)
     assert error < 2e-6
     error, reference = _errors(attention, lengths, capacity, BF16, tiles=tiles, splits=2)
@@ -112,33 +113,91 @@ def test_keys_that_are_never_built(form, theta):
 
 
 @torch.no_grad()
+def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
+    """As in the 270M: chosen by cost; spans end within and with a context. The rebuilt path gives the same."""
+    spec = LayerSpec("latent", 16, "latent", 16)
+    attention = layer(1, spec, head_dim=128, rope_theta=1e4, rope_scaling_factor=1.0)
+    tiles = dataclasses.replace(SMALL, tokens=32, columns=64, absorbed=None)
+    found = plan_of(attention, F32, torch.device("cpu")).absorb(32)
+    assert found.fast == 16 and found.span == 192
+    lengths, capacity = [203, 192, 31], 210
+    error, _ = _errors(attention, lengths, capacity, F32, tiles=tiles, splits=2)
+    assert error < 2e-6
+    error, reference = _errors(attention, lengths, capacity, F16, tiles=tiles, splits=1)
+    assert error < 2 * reference < 3e-2
+    assert plan_of(attention.to(F16), F16, torch.device("cpu")).absorb(32).fast == 16
+    queries, cached, _ = filled(attention.double(), lengths, capacity, F32)
+    args = (attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE))
+    rebuilt = attend_triton(*args, dataclasses.replace(tiles, absorbed=False))
+    torch.testing.assert_close(attend_triton(*args, tiles), rebuilt, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_latents_of_several_heads_are_read_as_one_row(monkeypatch):
+    """And U is absorbed into four queries at a time, as where there are programs enough."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 1)
+    attention = layer(4, LayerSpec("latent", 32, "latent", 32, 16, 8))
+    tiles = dataclasses.replace(SMALL, tokens=32, largest=64, absorbed=True, joined=2)
+    queries, cached, _ = filled(attention, [37, 20], 40, F32)
+    plan = plan_of(attention, F32, torch.device("cpu"))
+    launches = prepare(attention, plan, queries, cached, tiles, 2)[1]
+    assert launches[1].options["HEADS"] == 4 and launches[2].grid == (2, 2, 2)
+    assert launches[2].options["JOINED"] == 2 and not plan.joins(8)
+    assert _errors(attention, [37, 20], 40, F32, [1, 0], tiles, splits=2)[0] < 2e-6
+    error, reference = _errors(attention, [37, 20], 40, BF16, tiles=tiles, splits=1)
+    assert error < 2 * reference < 3e-2
+
+
+@pytest.mark.parametrize(
+    "spec,changes",
+    [
+        (LayerSpec("latent", 35, "latent", 32), {}),  # does not fill its blocks
+        (LayerSpec("latent", 32, "latent", 24, 8), {}),  # nor groups
+        (LayerSpec("latent", 64, "latent", 32, (8, 4), 8), {}),  # of two widths
+        (LayerSpec("tucker", 32, "tucker", 32, heads_k=2, heads_v=2), {}),  # mixed for every head, with norms
+        (LayerSpec("latent", 32, "contextual", 1), {}),  # no rows of KV heads
+        (LayerSpec("latent", 32, "latent", 32), {"num_heads": 12}),  # three query heads a KV head
+    ],
+)
+def test_latents_that_are_no_row_of_several_heads(spec, changes):
+    attention = layer(4, spec, **({"head_dim": 64} | changes)).float()
+    assert not plan_of(attention, F32, torch.device("cpu")).joins(2)
+
+
+@torch.no_grad()
 def test_a_batch_in_parts_whose_vectors_fit_memory(monkeypatch):
     attention = layer(2, FORMS["latent"])
     queries, cached, _ = filled(attention, [18, 7, 1], 20, F32, rows=[2, 0, 1])
-    tiles = dataclasses.replace(SMALL, absorbed=True)
+    tiles = dataclasses.replace(SMALL, absorbed=True, fast=16)
     attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE)
     whole = attend_triton(attention, queries, cached, tiles)
-    monkeypatch.setattr(launch, "GROUP_BYTES", 20000)  # of two sequences
+    monkeypatch.setattr(launch, "GROUP_BYTES", 12000)  # of two sequences
     calls = []
     monkeypatch.setattr(launch, "prepare", lambda *args: calls.append(len(args[2])) or prepare(*args))
     assert torch.equal(attend_triton(attention, queries, cached, tiles), whole)
     assert calls == [2, 1]
 
 
-@pytest.mark.parametrize(
-    "size,index,shape", [("4b", 5, (256, 16)), ("27b", 5, (256, 16)), ("270m", 5, None), ("4b", 0, None)]
-)
-def test_what_terms_a_span_takes(size, index, shape):
-    """Scaled positions turn slowly enough; unscaled ones do not."""
+@pytest.mark.parametrize("size,shape", [("4b", (256, 16, 0)), ("27b", (256, 16, 0)), ("270m", (256, 8, 32))])
+def test_what_terms_a_span_takes(size, shape):
+    """Scaled positions turn slowly enough; of unscaled ones, a quarter of the pairs does not."""
     config = SIZES[size]
-    cos, sin = (t.squeeze(1) for t in rotary_table(config, config.layer_kinds[index], torch.arange(512)))
-    heads = config.num_heads // config.num_kv_heads
-    found = turning((cos, sin), 64, heads, config.head_dim // 4, BF16)
-    assert (found and (found.span, found.terms)) == shape
-    if index:
-        found = turning((cos, sin), 64, heads, config.head_dim // 4, F32, always=True)
-        for bends, exact in zip(found.bends, (cos, sin), strict=True):
-            assert (found.basis @ bends - exact[: found.span]).abs().max() < 4e-7
+    angles = tuple(t.squeeze(1) for t in rotary_table(config, "global", torch.arange(512)))
+    heads, rank = config.num_heads // config.num_kv_heads, config.head_dim // 4
+    found = turning(angles, 64, heads, rank, BF16)
+    assert (found.span, found.terms, found.fast) == shape
+    found = turning(angles, 64, heads, rank, F32, always=True)
+    for bends, exact in zip(found.bends, angles, strict=True):
+        error = found.basis @ bends - exact[: found.span]
+        assert error[:, found.fast :].abs().max() < 4e-7 and not bends[:, : found.fast].any()
+    for fast in (0, 16):  # too many terms
+        assert (turning(angles, 64, heads, rank, F32, fast=fast) is None) == (size == "270m")
+
+
+def test_keys_of_fast_turning_pairs_are_rebuilt():
+    config = SIZES["270m"]
+    angles = tuple(t.squeeze(1) for t in rotary_table(config, "local", torch.arange(512)))
+    assert turning(angles, 16, 4, 256, F32) is None
 
 
 @torch.no_grad()
@@ -217,22 +276,25 @@ def test_kernels_compile_for_an_h100():
     """Every kernel at real sizes, without a GPU: they fit a processor and use its matrix units."""
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), "contextual-4b-1", "latent-4b-64", "latent-270m-64"]
+    command = [sys.executable, str(script), "contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-64"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [f["kernel"] for f in found] == [
-        "attend_direct", "lay_out_queries", "absorb", "attend_absorbed", "attend_rebuilt"
-    ]  # fmt: skip
+    absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
+    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt", *absorbing, *absorbing]
     for f in found:
         assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and (f["wgmma"] > 0 or f["kernel"] == "lay_out_queries")
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["dense", "joint", "contextual", "latent"])
-def test_a_captured_step_follows_the_lengths(form, monkeypatch):
+@pytest.mark.parametrize(
+    "form,changes",
+    [(form, {}) for form in ("dense", "joint", "contextual", "latent")]
+    + [("latent", {"head_dim": 128, "rope_theta": 1e4, "rope_scaling_factor": 1.0})],
+)
+def test_a_captured_step_follows_the_lengths(form, changes, monkeypatch):
     monkeypatch.setenv("TPA_DECODE_TUNE", "1")
-    attention = layer(2, FORMS[form])
+    attention = layer(2, FORMS[form], **changes)
     queries, cached, _ = filled(attention, [300, 40], 300, BF16)
     queries, cached, ours = queries.to(DEVICE), moved(cached, DEVICE), copy.deepcopy(attention).to(DEVICE, BF16)
     exactly = copy.deepcopy(ours).double()

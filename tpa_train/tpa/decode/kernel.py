@@ -118,21 +118,30 @@ def part_of(lengths, rows, slots, pitch, splits, HAS_ROWS: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def softmax(s, valid, m, total):
-    """One tile of the running softmax, base 2. Returns p [T, BH], the new maximum and sum, and what scales the old."""
+def exponentials(s, valid, m):
+    """One tile of the running softmax, base 2. Returns p [T, BH], the new maximum, and what scales the old."""
     s = tl.where(valid[:, None], s, EMPTY)
     new = tl.maximum(m, tl.max(s, 0))
     alpha = tl.exp2(m - new)
-    p = tl.exp2(s - new[None, :])
+    return tl.exp2(s - new[None, :]), new, alpha
+
+
+@triton.jit
+def softmax(s, valid, m, total):
+    """As ``exponentials``, and the new sum."""
+    p, new, alpha = exponentials(s, valid, m)
     return p, new, total * alpha + tl.sum(p, 0), alpha
 
 
 @triton.jit
 def leave(
     accs, m, total, out, partial, lse, head, inside, heads, splits,
-    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr,
+    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, SHARING: tl.constexpr = 0,
 ):  # fmt: skip
-    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2."""
+    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2.
+
+    SHARING: heads of each KV head where rows are those of several, one beside the other, and a head has its own's.
+    """
     place = tl.program_id(2) * heads + head
     scale = 1.0 / tl.where(total > 0, total, 1.0)
     if SPLIT:
@@ -141,13 +150,18 @@ def leave(
         # Of the columns that are stored, those of the piece.
         column = PIECES[7 * i + 5] + tl.arange(0, PIECES[7 * i + 4])
         keep = inside[:, None] & (tl.arange(0, PIECES[7 * i + 4]) < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :]
+        to = column[None, :]
+        if SHARING > 0:
+            own = (tl.arange(0, head.shape[0]) // SHARING * E)[:, None]
+            keep = keep & (to >= own) & (to < own + E)
+            to = to - own
         x = accs[i] * scale[:, None]
         if SPLIT:
             at = (place.to(tl.int64) * splits + tl.program_id(1)) * E
-            tl.store(partial + at[:, None] + column[None, :], x, mask=keep)
+            tl.store(partial + at[:, None] + to, x, mask=keep)
         else:
             at = place.to(tl.int64) * E
-            tl.store(out + at[:, None] + column[None, :], narrow(x, DTYPE), mask=keep)
+            tl.store(out + at[:, None] + to, narrow(x, DTYPE), mask=keep)
 
 
 @triton.jit

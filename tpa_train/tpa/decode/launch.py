@@ -19,10 +19,11 @@ from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import absorbed, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
-from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, Rows, pieces, plan_of, power_of_two
 from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import chosen, key_of
+from tpa_train.tpa.entries import Entry
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
@@ -54,9 +55,10 @@ def attend_triton(
     plan = plan_of(attention, queries.dtype, queries.device)
     tiles = tiles or _chosen(attention, plan, queries, cached)
     if found := _absorbed_keys(plan, tiles):
-        # W is in memory for all sequences of a launch.
-        each = queries.shape[1] * _spans(cached, found) * found.terms * plan.up.shape[-1] * queries.itemsize
-        size = max(1, GROUP_BYTES // each)
+        # W and the turned queries are in memory for all sequences of a launch.
+        numbers = _steps(cached, found.span) * found.terms * plan.up.shape[-1]
+        numbers += _steps(cached, tiles.tokens) * 2 * found.fast
+        size = max(1, GROUP_BYTES // (queries.shape[1] * numbers * queries.itemsize))
         if size < len(queries):
             starts = range(0, len(queries), size)
             return torch.cat([
@@ -105,14 +107,18 @@ def prepare(
     """Returns the result [B, H, e or, of a joint latent, r] to be, and the launches that fill it."""
     config, dtype = attention.config, queries.dtype
     groups, heads, d = config.num_kv_heads, config.num_heads, config.head_dim
-    batch, repeats, half = len(queries), heads // groups, max(LEAST, power_of_two(d // 2))
+    batch, half = len(queries), max(LEAST, power_of_two(d // 2))
     queries = queries.contiguous()
-    grid = groups // plan.per_program
+    found, joined = _absorbed_keys(plan, tiles), 1
+    if found is not None and not found.fast and tiles.joined > 1 and plan.joins(tiles.joined):
+        joined = tiles.joined
+    groups //= joined
+    repeats, grid = heads // groups, groups // plan.per_program
     pitch = _pitch(cached.stored[0])  # the shape that decides: a view of the first slots only may grow with each step
     if splits is None:
         splits = tiles.splits(grid * batch, pitch, _processors(queries.device))
-    keys, values = plan.keys, plan.values
-    width = values.entry.count
+    width = plan.values.entry.count
+    keys, values = (_joined(rows, joined) for rows in (plan.keys, plan.values))
     out = queries.new_empty(batch, heads, width)
     partial, lse = out, out  # not touched where there is one split
     if splits > 1:
@@ -130,6 +136,8 @@ def prepare(
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
     arguments = (
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
         nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
@@ -139,12 +147,13 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
-    found = _absorbed_keys(plan, tiles)
     if found is not None:
-        up = plan.lay_out(key_pieces, half, dtype)
-        launches, vectors, shape = _absorb(plan, found, queries, cached, up)
+        up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
+        launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, _spans(cached, found))
+        options |= {"JOINED": joined, "RH": joined * plan.heads}
+        steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
+        arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
     elif plan.rebuilt:
         up = plan.lay_out(key_pieces, half, dtype)
@@ -175,49 +184,71 @@ def _pitch(stored: Tensor) -> int:
     return stored.stride(0) // stored[0, 0].numel()
 
 
+def _joined(rows: Rows, count: int) -> Rows:
+    """Returns the rows of KV heads as so many times fewer that are as many times longer; see ``Plan.joins``."""
+    if count == 1:
+        return rows
+    entry = rows.entry
+    return replace(rows, entry=Entry(entry.rows // count, entry.count * count, entry.segments[0][2]))
+
+
 def _absorbed_keys(plan: Plan, tiles: Tiles) -> AbsorbedKeys | None:
     """Returns how U goes into the queries, None where it does not."""
     if not plan.rebuilt or tiles.absorbed is False:
         return None
-    return plan.absorb(tiles.tokens, tiles.absorbed is True)
+    return plan.absorb(tiles.tokens, tiles.absorbed is True, tiles.fast)
 
 
-def _spans(cached: CachedTokens, found: AbsorbedKeys) -> int:
-    return triton.cdiv(cached.rotary[0].shape[0], found.span)
+def _steps(cached: CachedTokens, size: int) -> int:
+    """Returns how many times ``size`` tokens hold every position that there may be."""
+    return triton.cdiv(cached.rotary[0].shape[0], size)
 
 
 def _absorb(
-    plan: Plan, found: AbsorbedKeys, queries: Tensor, cached: CachedTokens, up: Tensor
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """Returns what makes the vectors of all spans, those, their offsets and φ, and what else ``attend_absorbed`` takes.
+    plan: Plan, found: AbsorbedKeys, queries: Tensor, cached: CachedTokens, up: Tensor, tiles: Tiles
+) -> tuple[list[Launch], tuple[Tensor, ...], dict[str, Any]]:
+    """Returns what makes the vectors of all spans and the turned queries of all tiles; what ``attend_absorbed`` reads
+    beside the cache; and its further options.
 
     ``up``: U as ``Plan.lay_out`` gives it, [G or 1, 2, R, HB].
     """
-    (batch, heads, d), (owners, _, rank, half), spans = queries.shape, up.shape, _spans(cached, found)
-    groups, across = len(plan.offset), power_of_two(rank)
+    (batch, heads, d), (owners, _, rank, half), fast = queries.shape, up.shape, found.fast
+    groups, across, spans, steps = (
+        len(plan.offset), power_of_two(rank), _steps(cached, found.span), _steps(cached, tiles.tokens)
+    )  # fmt: skip
     both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
     w = queries.new_empty(batch, heads, spans, found.terms, rank)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
-    shape = {"J": found.terms, "S": found.span, "CENTERED": plan.centered, "R": rank}
-    shared = {"HB": half, "DTYPE": DTYPES[queries.dtype]}
+    turned = queries.new_empty(batch, heads, steps, fast, 2) if fast else queries  # not touched where there are none
+    shared = {"R": rank, "FAST": fast, "HB": half}
+    vectors = {"J": found.terms, "S": found.span, "CENTERED": plan.centered} | shared
+    dtype, at_once, rest = {"DTYPE": DTYPES[queries.dtype]}, 64, half - fast
+    rows, each = triton.cdiv(spans * found.terms, 128), 1
+    # Several heads share what they all read, where enough programs are left.
+    while 2 * each * across <= 128 and heads % (2 * each) == 0:
+        if rows * heads * batch < 4 * each * _processors(queries.device):
+            break
+        each *= 2
+    blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
     launches = [
         Launch(
-            absorbed.lay_out_queries, (half // LEAST, heads, batch), (queries, both, along, up, plan.offset),
+            absorbed.lay_out_queries, (blocks, heads, batch),
+            (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
             {
-                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "R": rank, "BK": LEAST,
-                "BR": 64, **shared,
+                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens,
+                "BK": LEAST, "BR": 64, "BT": at_once, **shared, **dtype,
             },
         ),
         Launch(
-            absorbed.absorb, (triton.cdiv(spans * found.terms, 128), heads, batch),
+            absorbed.absorb, (rows, heads // each, batch),
             (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
             {
-                "BM": 128, "BN": across, "BK": min(64, 2 * half), "num_warps": 4 if across <= 64 else 8,
-                "num_stages": 3, **shape, **shared,
+                "HEADS": each, "BM": 128, "BN": each * across, "BK": min(64, rest & -rest),
+                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
             },
         ),
     ]  # fmt: skip
-    return launches, (w, bias, found.basis), shape | {"RH": plan.heads}
+    return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
 
 
 def _is_scales(stored: Tensor) -> bool:

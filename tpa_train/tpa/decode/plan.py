@@ -92,6 +92,22 @@ class Plan:
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     absorbed: dict[tuple, AbsorbedKeys | None] = field(default_factory=dict)
 
+    def joins(self, count: int) -> bool:
+        """Returns whether ``count`` KV heads' latents, which lie side by side, can be read as one row.
+
+        Their numbers have to fill whole blocks, of one width; query heads, a power of two.
+        """
+        numbers, heads = self.keys.entry.count, self.config.num_heads // self.config.num_kv_heads
+        if self.config.num_kv_heads % count or heads != self.heads or self.norm >= 0:
+            return False
+        if sum(block for _, block in _blocks(numbers, power_of_two(numbers), LEAST)) > numbers:
+            return False
+        for rows in (self.keys, self.values):
+            unit = LEAST if rows.entry.exact else GROUP
+            if rows.mode != OWN or rows.entry.rows == 1 or len(rows.entry.segments) > 1 or rows.entry.count % unit:
+                return False
+        return True
+
     def lay_out(self, key_pieces: tuple[int, ...], half: int, dtype: torch.dtype) -> Tensor:
         """Returns U as ``rebuilt.attend_rebuilt`` reads it, [G or 1, 2, WIDTH, HB]: blocks padded with zeros."""
         if key_pieces not in self.laid_out:
@@ -107,36 +123,40 @@ class Plan:
             self.laid_out[key_pieces] = laid_out
         return self.laid_out[key_pieces]
 
-    def absorb(self, tokens: int, always: bool = False) -> AbsorbedKeys | None:
+    def absorb(self, tokens: int, always: bool = False, fast: int | None = None) -> AbsorbedKeys | None:
         """Returns how U goes into the queries of tiles of ``tokens``; None where keys are rebuilt.
 
-        Which they are in local layers: spans of a ring begin anywhere.
+        Which they are in local layers: spans of a ring begin anywhere. ``fast``: as ``turning`` takes it.
         """
-        key = (tokens, always)
+        key = (tokens, always, fast)
         if key not in self.absorbed:
             device = self.relative.device
             if _recorded(device):
                 return None
             found = None
             if self.kind == "global" and self.gamma is None:  # norms of keys need keys
-                found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always)
+                found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always, fast)
             if found is not None:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
                 bends = F.pad(found.bends, (0, pad)).to(device, torch.float32)
                 basis = found.basis.to(device, self.relative.dtype).contiguous()
-                found = AbsorbedKeys(found.span, found.terms, basis, bends)
+                table = self.relative[..., : found.fast].movedim(0, -1).contiguous()
+                found = AbsorbedKeys(found.span, found.terms, found.fast, basis, bends, table)
             self.absorbed[key] = found
         return self.absorbed[key]
 
 
 @dataclass(frozen=True)
 class AbsorbedKeys:
-    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends float32 [2, J, HB]."""
+    """``turning.Turning`` as ``absorbed``'s kernels read it: basis [S, J], bends float32 [2, J, HB]. ``table``: cos and
+    sin of the fast pairs within a tile, [LONGEST, FAST, 2]."""
 
     span: int
     terms: int
+    fast: int
     basis: Tensor
     bends: Tensor
+    table: Tensor
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def turns(self, rotary: RotaryTable, spans: int, dtype: torch.dtype) -> Tensor:
@@ -154,11 +174,11 @@ class AbsorbedKeys:
 
 @cache
 def _turning(
-    config: Gemma3Config, tokens: int, heads: int, rank: int, dtype: torch.dtype, always: bool
+    config: Gemma3Config, tokens: int, heads: int, rank: int, dtype: torch.dtype, always: bool, fast: int | None
 ) -> Turning | None:
     """``turning`` in global layers, once for all of them: it takes a decomposition for every span."""
     cos, sin = (t.squeeze(1) for t in rotary_table(config, "global", torch.arange(max(SPANS))))
-    return turning((cos, sin), tokens, heads, rank, dtype, always)
+    return turning((cos, sin), tokens, heads, rank, dtype, always, fast)
 
 
 def _recorded(device: torch.device) -> bool:

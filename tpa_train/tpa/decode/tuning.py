@@ -15,9 +15,12 @@ import triton
 
 from tpa_train.tpa.decode.plan import CACHED, OWN, UNROLLED, Plan, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.decode.turning import MOST
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
+THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
+LINE = 128  # bytes that memory gives at once
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
 tuned: dict[tuple, Tiles] = {}
@@ -32,12 +35,22 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
         tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
-        if plan.absorb(tiles.tokens):  # few registers, little in shared memory
-            return Tiles(programs=4)
+        token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
+        if found := plan.absorb(tiles.tokens):
+            exact = plan.keys.entry.exact and plan.values.entry.exact
+            if not found.fast:  # few registers, little in shared memory
+                narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
+                if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
+                    return Tiles(programs=4, joined=2, registers=128)
+                return Tiles(programs=4)
+            # The rotation fills registers: of three programs where latents are small, of two otherwise.
+            rebuilt = 2 * found.fast * plan.up.shape[-1] * dtype.itemsize
+            if exact and 3 * tiles.tokens * token + rebuilt <= THREE << 10:
+                return Tiles(stages=3, programs=3, registers=168)
+            return tiles if tiles.stages * tiles.tokens * token + rebuilt <= TWO << 10 else Tiles(stages=1)
         if size > tiles.resident:
             return Tiles(stages=1, largest=64, columns=128)
         # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
-        token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
         pipelined = size + (tiles.stages * tiles.tokens * token >> 10)
         if pipelined <= 64:  # with the rotation, which is loaded ahead as well, two programs fit
             return Tiles(columns=128)
@@ -61,9 +74,22 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
         found += [Tiles(*shape, columns=columns) for shape in shapes for columns in (32, 64)]
         found += [Tiles(64, 4, 1, programs=4), Tiles(64, 4, 2, largest=64), Tiles(128, 8, 1, resident=0)]
         found += [Tiles(*shape, largest=64, columns=128) for shape in ((64, 4, 1), (64, 8, 1), (128, 8, 1))]
-        if plan.absorb(first.tokens):
+        if absorbing := plan.absorb(first.tokens):
             found = [first, *(replace(tiles, absorbed=False) for tiles in found)]
-            found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
+            if absorbing.fast:
+                found += [Tiles(64, 4, 2, programs=3, registers=168, fast=fast) for fast in (32, 64)]
+                found += [Tiles(64, 4, stages, fast=fast) for stages in (1, 2, 3) for fast in (32, 64)]
+                found += [Tiles(64, 4, 2, programs=4, registers=128), Tiles(32, 2, 2, programs=4)]
+                found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128)]
+            else:
+                found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
+                found += [Tiles(64, 4, 2, programs=programs) for programs in (4, 6, 8)]
+                found += [Tiles(32, 1, 3, programs=8), Tiles(64, 2, 2, programs=6), Tiles(128, 8, 2, programs=3)]
+                if plan.joins(2):
+                    shapes = ((64, 4, 2, 3, None), (64, 4, 3, 3, 168), (128, 8, 2, 2, 128), (128, 4, 2, 3, 168))
+                    found += [Tiles(*s[:3], programs=s[3], joined=2, registers=s[4]) for s in shapes]
+                if plan.joins(4):
+                    found += [Tiles(64, 8, 2, programs=2, joined=4, registers=128)]
     else:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
