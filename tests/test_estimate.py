@@ -26,7 +26,7 @@ from tpa_train.memory_trace import StageTrace, TracedModels, tracing
 from tpa_train.pipeline import Session, factorize_model
 from tpa_train.recipes import compose
 from tpa_train.recovery import recover
-from tpa_train.stage_costs import moment_bytes, parameters_of
+from tpa_train.stage_costs import COMPILED, moment_bytes, parameters_of
 from tpa_train.tpa.spec import cache_bytes, dense_specs
 from tpa_train.trainers import choose_machine, host_memory, trim_heap
 
@@ -129,6 +129,18 @@ def test_a_smaller_batch_is_computed_and_fits(large, monkeypatch):
     trainer = dataclasses.replace(estimator.settings.trainer, batch_size=rows)
     (smaller,) = estimator.stages(dataclasses.replace(estimator.settings, trainer=trainer), only="distill")
     assert smaller.peak == pytest.approx(room, rel=0.02)
+
+
+def test_compiled_passes_keep_less_on_a_gpu(tiny):
+    kept = []
+    for compiled in ("false", "true"):
+        estimator = estimator_of(settings_of(tiny, f"trainer.compile={compiled}"))
+        (on_cpu,) = estimator.stages(estimator.settings, only="distill")
+        estimator.on_cpu = False
+        (stage,) = estimator.stages(estimator.settings, only="distill")
+        kept.append((on_cpu.activations, stage.activations, stage.weights + stage.optimizer + stage.logits))
+    assert kept[0][0] == kept[1][0] and kept[0][2] == kept[1][2]
+    assert kept[1][1] == pytest.approx(COMPILED * kept[0][1], rel=1e-3)
 
 
 def test_what_no_batch_can_cure_is_said(large, monkeypatch):

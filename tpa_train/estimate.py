@@ -156,7 +156,7 @@ class Estimator(StageCosts):
                 if pictures else "images: none in the data; the vision side's weights are counted in 16 bits"
             )  # fmt: skip
         if s.trainer.compile and not self.on_cpu:
-            said.append("trainer.compile: what compiled passes save, and the minutes of compiling, are not counted")
+            said.append("trainer.compile: what it saves is an estimate; the minutes of compiling are not counted")
         return tuple(said)
 
     # --------------------------------------------------------------------------------------------------------- advice

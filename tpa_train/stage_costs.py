@@ -25,6 +25,7 @@ from tpa_train.trainers import Machine
 
 HEAP = 1.35  # resident bytes over live ones for activations on a CPU: gaps in the heap, measured on the 270M
 RECOMPUTED_HEAP = 3.0  # the same where layers recompute: little lives on between gaps of all sizes
+COMPILED = 0.55  # of activations, what compiled passes of the end-to-end stage keep; the 270M on an H100
 LIKELY_BITS = 4  # below this the allocator seldom goes for most of a layer's numbers
 EFFICIENCY = 0.7  # of a feed-forward block's rate that whole models reach: attention and losses are slower
 
@@ -209,6 +210,8 @@ class StageCosts:
             t.activation_checkpointing,
         )  # fmt: skip
         trace, steps = models.training(make, step), steps_of(self.settings, name)
+        if name == "distill" and t.compile and not (self.on_cpu or step.sharded or t.activation_checkpointing):
+            trace = replace(trace, peak=trace.peak - round(trace.activations * (1 - COMPILED)))
         batches = steps * t.accumulate
         tokens = batches * self.devices * t.batch_size * t.context
         heap = RECOMPUTED_HEAP if t.activation_checkpointing else HEAP

@@ -33,6 +33,7 @@ from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
 from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
 from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
+from tpa_train.tpa.decode.tuning import FEW, default_tiles  # noqa: E402
 from tpa_train.tpa.decode.turning import turning  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
@@ -130,6 +131,15 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
     args = (attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE))
     rebuilt = attend_triton(*args, dataclasses.replace(tiles, absorbed=False))
     torch.testing.assert_close(attend_triton(*args, tiles), rebuilt, rtol=0, atol=1e-5)
+
+
+def test_all_pairs_are_rebuilt_for_few_tokens():
+    spec = LayerSpec("latent", 16, "latent", 16)
+    plan = plan_of(layer(1, spec, head_dim=128, rope_theta=1e4, rope_scaling_factor=1.0), F16, torch.device("cpu"))
+    assert plan.absorb(64).fast and default_tiles(plan, F16, FEW).absorbed is None
+    assert default_tiles(plan, F16, FEW - 1).absorbed is False
+    scaled = plan_of(layer(4, LayerSpec("latent", 32, "latent", 32)), F16, torch.device("cpu"))
+    assert default_tiles(scaled, F16, 1).absorbed is None or scaled.absorb(64) is None
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def _chosen(attention: Attention, plan: Plan, queries: Tensor, cached: CachedTok
         launches = prepare(attention, plan, queries, full, tiles)[1]
         return lambda: [launch.run() for launch in launches]
 
-    return chosen(plan, key, queries.dtype, run)
+    return chosen(plan, key, queries.dtype, run, len(queries) * _pitch(cached.stored[0]))
 
 
 @dataclass(frozen=True)

@@ -21,22 +21,26 @@ VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 LINE = 128  # bytes that memory gives at once
+FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
 tuned: dict[tuple, Tiles] = {}
 
 
-def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
+def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> Tiles:
     """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them).
 
-    Two programs share a processor where their tiles allow it: what one of them waits for, the other does meanwhile.
+    ``tokens``: that all caches of a launch hold at most; None: many. Two programs share a processor where their tiles
+    allow it: what one of them waits for, the other does meanwhile.
     """
     if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
         tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
         token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
-        if found := plan.absorb(tiles.tokens):
+        found = plan.absorb(tiles.tokens)
+        few = tokens is not None and tokens * len(plan.offset) < FEW
+        if found is not None and not (found.fast and few):
             exact = plan.keys.entry.exact and plan.values.entry.exact
             if not found.fast:  # few registers, little in shared memory
                 narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
@@ -48,13 +52,14 @@ def default_tiles(plan: Plan, dtype: torch.dtype) -> Tiles:
             if exact and 3 * tiles.tokens * token + rebuilt <= THREE << 10:
                 return Tiles(stages=3, programs=3, registers=168)
             return tiles if tiles.stages * tiles.tokens * token + rebuilt <= TWO << 10 else Tiles(stages=1)
+        tiles = replace(tiles, absorbed=False)
         if size > tiles.resident:
-            return Tiles(stages=1, largest=64, columns=128)
+            return replace(tiles, stages=1, largest=64, columns=128)
         # A small U leaves room for a second program instead of a pipeline, a large one may leave no room for either.
         pipelined = size + (tiles.stages * tiles.tokens * token >> 10)
         if pipelined <= 64:  # with the rotation, which is loaded ahead as well, two programs fit
-            return Tiles(columns=128)
-        return tiles if 2 * size > tiles.resident and pipelined <= SHARED else Tiles(stages=1)
+            return replace(tiles, columns=128)
+        return tiles if 2 * size > tiles.resident and pipelined <= SHARED else replace(tiles, stages=1)
     # Of rows that are a loop of their own only one is in a tile.
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
@@ -103,7 +108,11 @@ def key_of(plan: Plan, batch: int, slots: int, heads: int, dtype: torch.dtype, d
 
 
 def chosen(
-    plan: Plan, key: Callable[[], tuple], dtype: torch.dtype, run: Callable[[Tiles], Callable[[], None]]
+    plan: Plan,
+    key: Callable[[], tuple],
+    dtype: torch.dtype,
+    run: Callable[[Tiles], Callable[[], None]],
+    tokens: int | None = None,
 ) -> Tiles:
     """Returns the tiles of a call.
 
@@ -112,13 +121,14 @@ def chosen(
         key: gives ``key_of`` the call.
         dtype: of the operands.
         run: prepares a call with given tiles, over a full cache, and returns what runs it.
+        tokens: as ``default_tiles`` takes it.
     """
     if not tuned and not os.environ.get(VARIABLE):
-        return default_tiles(plan, dtype)
+        return default_tiles(plan, dtype, tokens)
     name = key()
     if name not in tuned:
         if not os.environ.get(VARIABLE) or torch.cuda.is_current_stream_capturing():
-            return default_tiles(plan, dtype)
+            return default_tiles(plan, dtype, tokens)
         tuned[name] = fastest(candidates(plan, dtype), run)
     return tuned[name]
 
