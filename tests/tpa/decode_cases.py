@@ -22,6 +22,7 @@ FORMS = {
     "latent 6+16, 2+3": S("latent", 35, "latent", 33, (6, 16), (2, 3)),
     "joint": S("joint", 49, "joint", 49),
     "joint 8+6+4": S("joint", 70, "joint", 70, (8, 6, 4)),
+    "joint 8+16, norms": S("joint", 35, "joint", 35, (8, 16), cached_norm=True),
     "contextual": S("contextual", 2, "contextual", 1),
     "contextual, R = 5": S("contextual", 5, "latent", 9, 8),
     "constant A": S("constant_a", 2, "constant_a", 1, 4),

@@ -76,7 +76,8 @@ def test_float32_over_a_split_context(form):
 
 
 HALF = (
-    "dense 8+4, 3+16", "latent", "latent 6+16, 2+3", "joint", "contextual", "constant A", "tucker", "dense, tucker"
+    "dense 8+4, 3+16", "latent", "latent 6+16, 2+3", "joint", "joint 8+16, norms", "contextual", "constant A", "tucker",
+    "dense, tucker",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_half_precision_in_a_ring(form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["latent 6+16, 2+3", "constant B, contextual", "tucker, whole"])
+@pytest.mark.parametrize("form", ["latent 6+16, 2+3", "joint 8+16, norms", "constant B, contextual", "tucker, whole"])
 @pytest.mark.parametrize("theta,fast", [(1e6, 0), (40.0, 0), (1e6, 16)])
 def test_keys_that_are_never_built(form, theta, fast):
     """U absorbed into the queries, of which a KV head has three; one span or several; an offset of keys or none; for

@@ -145,7 +145,7 @@ def prepare(
     packed = not (keys.entry.exact and values.entry.exact)
     if packed and tiles.tokens < 32 and dtype != torch.float32:
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
-    scale = config.scale * math.log2(math.e)
+    scale = config.scale * plan.unit * math.log2(math.e)
     launches: list[Launch] = []
     if found is not None:
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)

@@ -104,7 +104,8 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
 def key_of(plan: Plan, batch: int, slots: int, heads: int, dtype: torch.dtype, device: torch.device) -> tuple:
     """Returns what tiles are chosen by: the form, the shapes, and the context to a power of two."""
     sides = tuple((rows.entry, rows.mode) for rows in (plan.keys, plan.values))
-    return (sides, plan.rebuilt, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
+    kind = (plan.rebuilt, plan.norm >= 0)
+    return (sides, kind, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
 
 
 def chosen(
