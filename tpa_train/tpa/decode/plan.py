@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -22,6 +21,7 @@ OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel.weighted``
 UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
+WIDEST = 1024  # numbers of a latent that U can be absorbed for: sums of wider values do not fit in a program
 
 
 def power_of_two(n: int) -> int:
@@ -90,7 +90,6 @@ class Plan:
     heads: int = 1  # query heads of a KV head, with padding
     dtype: torch.dtype = torch.float32
     centered: bool = False  # whether no key has an offset
-    unit: float = 1.0  # of keys, which are built that many times too small: a scale of scores
     laid_out: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     absorbed: dict[tuple, AbsorbedKeys | None] = field(default_factory=dict)
 
@@ -136,7 +135,8 @@ class Plan:
             if _recorded(device):
                 return None
             found = None
-            if self.kind == "global" and self.gamma is None:  # norms that are not cached need keys
+            # Norms that are not cached need keys.
+            if self.kind == "global" and self.gamma is None and self.up.shape[-1] <= WIDEST:
                 found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always, fast)
             if found is not None:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
@@ -264,18 +264,13 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     width, pad = config.head_dim, max(LEAST, power_of_two(config.head_dim // 2)) - config.head_dim // 2
     weight = 1.0 + keys.norm.weight.detach().float()
     up = (keys.u_feat[None] if form == "tucker" else keys.up).detach().float()
-    raw = form == "joint"  # latents are not normalised
     center = keys.center.detach().float()
     if form == "tucker" and keys.mixes_when_read:
         center = keys.heads.detach().float() @ center
-    if raw and plan.norm < 0:
+    if form == "joint" and plan.norm < 0:
         plan.gamma = F.pad(weight.unflatten(0, (2, -1)), (0, pad)).contiguous()
     else:
         up = weight[:, None] * up
-        if raw and not _recorded(device):
-            # Queries times U are rounded to the operands' type, whose range raw keys may leave: brought to a size of 1.
-            plan.unit = 2.0 ** round(math.log2(float(up.square().sum(-1).mean().sqrt().clamp(2.0**-60, 2.0**60))))
-            up = up / plan.unit
     offset = torch.einsum("gdr,gr->gd", up.expand(config.num_kv_heads, -1, -1), center.expand(config.num_kv_heads, -1))
     plan.offset = F.pad(offset.unflatten(1, (2, -1)), (0, pad)).contiguous()
     plan.rebuilt, plan.up, plan.eps = True, up.unflatten(1, (2, width // 2)), keys.norm.eps
