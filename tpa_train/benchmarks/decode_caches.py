@@ -25,7 +25,7 @@ POOL = 32_749  # different tokens of a cache; a prime, so that no block of a ker
 FORMS: dict[str, tuple[str, int | None]] = {
     "latent": ("latent", None),
     "joint": ("joint", None),
-    "joint_rebuilt": ("joint", None),  # without norms in the cache, whatever pays
+    "joint_norms": ("joint", None),  # with norms in the cache, as conversions make it where they add little
     "contextual1": ("contextual", 1),
     "contextual2": ("contextual", 2),
     "constant_a1": ("constant_a", 1),
@@ -54,7 +54,7 @@ def form_spec(name: str, config: Gemma3Config, bits: int) -> LayerSpec:
         if form == "joint":
             rank *= 2 * config.num_kv_heads
     spec = LayerSpec(form, rank, form, rank, bits)
-    return spec if name == "joint_rebuilt" else spec.with_norms(config, config.layer_kinds.index("global"))
+    return spec.with_norms(config, config.layer_kinds.index("global")) if name == "joint_norms" else spec
 
 
 def rebuild_flops(config: Gemma3Config, spec: LayerSpec) -> int:
