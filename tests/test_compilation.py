@@ -33,18 +33,19 @@ def test_methods_are_compiled_inside_the_context_only(monkeypatch):
     assert not vars(owner)
 
 
-@pytest.mark.parametrize("changed,device,records,recorded", [
-    ({}, "cuda", True, True), ({}, "cuda", False, False), ({}, "cpu", True, False),
-    ({"accumulate": 2}, "cuda", True, False), ({"activation_checkpointing": True}, "cuda", True, False),
+@pytest.mark.parametrize("changed,device,records,alike,recorded", [
+    ({}, "cuda", True, True, True), ({}, "cuda", False, True, False), ({}, "cpu", True, True, False),
+    ({}, "cuda", True, False, False), ({"accumulate": 2}, "cuda", True, True, False),
+    ({"activation_checkpointing": True}, "cuda", True, True, False),
 ])  # fmt: skip
-def test_passes_are_recorded_where_gradients_do_not_outlive_a_replay(monkeypatch, changed, device, records, recorded):
+def test_passes_are_recorded_where_they_can_be_replayed(monkeypatch, changed, device, records, alike, recorded):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options.get("mode")) or f)
     owner = Owner()
     owner.teacher = owner.student = random_model(small_config())
     owner.passes, owner.records = ("twice",), records
     options = TrainerSettings(compile=True, **changed)
-    with compilation.stage_forwards(owner, options, False, torch.device(device)):
+    with compilation.stage_forwards(owner, options, False, torch.device(device), alike):
         pass
     assert modes == ["reduce-overhead" if recorded else None]
 

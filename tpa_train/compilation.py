@@ -55,11 +55,12 @@ def many_graphs() -> Iterator[None]:
 
 @contextmanager
 def stage_forwards(
-    module: RecoveryModule, options: TrainerSettings, sharded: bool, device: torch.device
+    module: RecoveryModule, options: TrainerSettings, sharded: bool, device: torch.device, alike: bool = False
 ) -> Iterator[None]:
     """Inside the context a stage's passes run on ``device`` as the options say: compiled, recomputed, both or neither.
 
-    Sharded weights are gathered layer by layer by hooks, so that each layer is then compiled on its own.
+    Sharded weights are gathered layer by layer by hooks, so that each layer is then compiled on its own. ``alike``:
+    whether all batches have the same shapes, so that what one of them did can be replayed for another.
     """
     layers = [*module.teacher.layers, *module.student.layers]
     with ExitStack() as stack:
@@ -69,17 +70,14 @@ def stage_forwards(
                 stack.enter_context(many_graphs())
             stack.enter_context(wrapped_forwards(layers, compiles, options.activation_checkpointing))
         if options.compile and not sharded:
-            stack.enter_context(compiled(module, module.passes, _may_record(module, options, device)))
+            stack.enter_context(compiled(module, module.passes, alike and _may_record(module, options, device)))
         yield
 
 
 def _may_record(module: RecoveryModule, options: TrainerSettings, device: torch.device) -> bool:
     """Whether passes can be CUDA graphs: the host is then ahead of a GPU that needs 30 us a kernel.
 
-    Gradients that are added up, or reduced over processes, outlive the replay that they came from; images make every
-    batch another shape.
+    Gradients that are added up, or reduced over processes, outlive the replay that they came from.
     """
-    if not module.records:
-        return False
     alone = options.accumulate == 1 and world_size() == 1 and not options.activation_checkpointing
-    return device.type == "cuda" and alone and module.student.config.vision is None
+    return module.records and alone and device.type == "cuda"

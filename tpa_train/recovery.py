@@ -87,7 +87,10 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            with stage_forwards(module, session.settings.trainer, sharded, session.machine.device):
+            data = session.settings.data
+            # Where documents begin is a tensor of several sizes, and images come in any number.
+            alike = data.join_documents and data.kind not in ("chat", "image_text")
+            with stage_forwards(module, session.settings.trainer, sharded, session.machine.device, alike):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)

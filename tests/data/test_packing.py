@@ -160,6 +160,18 @@ def test_choose_heldout():
     assert copies.sum() == 5  # all copies of one text, or none
 
 
+def test_names_of_control_pieces_are_text_unless_asked_for(tmp_path):
+    class Parsing(StubTokenizer):
+        def encode_batch(self, texts, bos=True, control=True):
+            return super().encode_batch([t.replace("<eos>", "e") if control else t for t in texts], bos)
+
+    lengths, texts = [], ["a <eos> b"] * 9
+    for asked in (False, True):
+        settings = settings_for(tmp_path, texts, control_names=asked, heldout_fraction=0.0, heldout_min_tokens=0)
+        lengths.append(len(PackedStream(pack(settings, Parsing(), False))))
+    assert lengths == [9 * 10, 9 * 6] and len(list((tmp_path / "cache").iterdir())) == 2
+
+
 @pytest.mark.parametrize("texts", [["a" * 999], ["d" * 700, "x" * 298]])  # the long one has the lower hash
 def test_few_long_documents_give_their_end(tmp_path, texts, caplog):
     folder = pack(settings_for(tmp_path, texts, heldout_min_tokens=300), StubTokenizer(), False)

@@ -12,7 +12,7 @@ from serving_models import mixed_student
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
 from tpa_train.memory_trace import LiveBytes
-from tpa_train.serving import Engine, memory
+from tpa_train.serving import Engine, memory, sampling
 from tpa_train.tpa.decode import native
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec
@@ -39,6 +39,13 @@ def roomier(model, rows):
 ])  # fmt: skip
 def test_the_workspace_is_bounded_by_the_forecast(make, rows):
     assert 0.1 < roomier(make(), rows) <= 1.0
+
+
+def test_sequences_share_the_room_that_choosing_takes(monkeypatch):
+    model = random_model(small_config(max_context=256, vocab_size=5000), dtype=torch.float32)
+    alone = memory.workspace_bytes(model, 8, 120, 32)
+    monkeypatch.setattr(sampling, "BLOCK", 2 * 5000)
+    assert memory.workspace_bytes(model, 8, 120, 32) < 0.6 * alone and 0.1 < roomier(model, 8) <= 1.0
 
 
 def test_the_designs_own_sizes():

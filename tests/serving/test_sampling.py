@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tpa_train.errors import UserError
+from tpa_train.serving import sampling
 from tpa_train.serving.sampling import Sampling, SeenTokens, random_seed, restrict, sample, uniform
 
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -77,6 +78,18 @@ def test_repetition_is_penalized_on_both_sides_of_zero():
     seen.begin(2, rules[0], [2])  # another request takes the row over
     assert seen.of([2], rules[:1])[0].tolist() == [False, False, True, False]
     assert seen.of([1], [Sampling()]) is None
+
+
+def test_sequences_choose_the_same_whoever_chooses_beside_them(monkeypatch):
+    torch.manual_seed(0)
+    logits, seen = torch.randn(7, 40), torch.rand(7, 40) < 0.3
+    rules = [Sampling(temperature=i % 3 / 2, top_k=9, top_p=0.9, repetition_penalty=1.3, seed=i) for i in range(7)]
+    steps = list(range(7))
+    whole = sample(logits, rules, steps, seen)
+    sizes, own = [], sampling._sample
+    monkeypatch.setattr(sampling, "_sample", lambda x, *rest: sizes.append(len(x)) or own(x, *rest))
+    monkeypatch.setattr(sampling, "BLOCK", 3 * 40)
+    assert torch.equal(sample(logits, rules, steps, seen), whole) and sizes == [3, 3, 1]
 
 
 def test_uniform_numbers():

@@ -168,7 +168,7 @@ def measure(settings: ScalingSettings, strategy: str) -> dict[str, Any]:
     clock = Clock(machine, settings.warmup)
     sharded = machine.strategy == "fsdp2"
     machine.reset_peak()
-    with tempfile.TemporaryDirectory() as folder, stage_forwards(module, options, sharded, machine.device):
+    with tempfile.TemporaryDirectory() as folder, stage_forwards(module, options, sharded, machine.device, alike=True):
         trainer = make_trainer(machine, Path(folder), total, callbacks=[clock], sharded=sharded)
         trainer.fit(module, DataLoader(rows, batch_size=settings.batch_size))
     return {

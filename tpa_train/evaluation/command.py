@@ -45,6 +45,10 @@ class DataArgs:
         metadata={"help": "data.path holds conversations (.jsonl, .json, .parquet): score the model's turns only."},
     )
     text_key: str = field(default="text", metadata={"help": "field that holds the text in .jsonl and .parquet."})
+    control_names: bool = field(
+        default=False,
+        metadata={"help": "names such as <eos> or <unk> in the text become the control pieces, as with transformers."},
+    )
     join_documents: bool = field(
         default=True,
         metadata={"help": "let attention cross documents inside a row, so that long context is really used."},
@@ -307,7 +311,9 @@ def evaluation_text(
     from tpa_train.data.packing import PackedDataset, PackedStream, pack
     from tpa_train.data.settings import DataSettings
 
-    settings = DataSettings(max_tokens=data.max_tokens, cache_dir=data.cache_dir, text_key=data.text_key)
+    settings = DataSettings(
+        max_tokens=data.max_tokens, cache_dir=data.cache_dir, text_key=data.text_key, control_names=data.control_names
+    )
     heldout = data.heldout
     if heldout is None:  # data packed earlier has its own split, and its training part is no text to evaluate on
         heldout = not data.path or (len(data.path) == 1 and is_packed(Path(data.path[0]).expanduser()))

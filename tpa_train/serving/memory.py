@@ -16,6 +16,7 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.machine_memory import UNKNOWN, free_bytes
+from tpa_train.serving.sampling import rows_at_once
 from tpa_train.tpa.decode.reference import GROUP_BYTES, expanded_bytes
 
 DEFAULT_ROWS = 64  # where nobody says how many, and memory would allow more
@@ -76,12 +77,14 @@ def workspace_bytes(model: Gemma3ForCausalLM, rows: int, context: int, chunk: in
         masked = chunk * seen * (2 + 2 * narrow)
         prefill = max(prefill, seen * each + masked + chunk * each)
         decode = max(decode, min(rows * slots * each, max(GROUP_BYTES, slots * each)))
-    # Logits, and what sampling makes of them: at most three in the accumulation type, and three 64-bit ones.
-    words = model.head_weight.shape[0] * (2 * narrow + 3 * wide + 3 * 8)
+    # Logits, and what sampling makes of some rows of them: at most three in the accumulation type, three in 64 bits.
+    words = model.head_weight.shape[0]
+    logits, chosen = words * 2 * narrow, words * (3 * wide + 3 * 8)
     tables = 2 * len(set(config.layer_kinds)) * context * (config.head_dim // 2) * 4
     return tables + max(
-        prefill + activations(chunk) + words, decode + activations(rows), activations(rows) + rows * words
-    )
+        prefill + activations(chunk) + logits + chosen, decode + activations(rows),
+        activations(rows) + rows * logits + min(rows, rows_at_once(words)) * chosen,
+    )  # fmt: skip
 
 
 def foresee(

@@ -17,6 +17,7 @@ from tpa_train.errors import UserError
 from tpa_train.gemma3.layers import accumulation_dtype
 
 _WORD = (1 << 64) - 1
+BLOCK = 1 << 26  # logits that tokens are chosen from at a time: the sequences of a batch share the room that takes
 _BITS = 40  # of a uniform number: the product with a sum of probabilities stays below that sum in float64
 
 
@@ -90,6 +91,19 @@ def sample(logits: Tensor, rules: Sequence[Sampling], steps: Sequence[int], seen
         steps: how many tokens each has written.
         seen: bool [B, V], tokens that each has in its prompt or answer; needed where there is a repetition penalty.
     """
+    size = rows_at_once(logits.shape[-1])
+    if len(logits) <= size:
+        return _sample(logits, rules, steps, seen)
+    parts = [slice(start, start + size) for start in range(0, len(logits), size)]
+    return torch.cat([_sample(logits[p], rules[p], steps[p], None if seen is None else seen[p]) for p in parts])
+
+
+def rows_at_once(words: int) -> int:
+    """Returns how many sequences choose among ``words`` tokens at a time."""
+    return max(1, BLOCK // words)
+
+
+def _sample(logits: Tensor, rules: Sequence[Sampling], steps: Sequence[int], seen: Tensor | None) -> Tensor:
     penalties = [r.repetition_penalty for r in rules]
     if any(p != 1 for p in penalties):
         penalty = _column(penalties, logits)
