@@ -24,8 +24,7 @@ def prepare(folder: Path) -> SimpleNamespace:
     options = [o for o in training_options(train, folder / "cache") if not o.startswith(own)]
     shared = dict(
         train=str(train), valid=str(valid), wikitext2=str(wikitext2), texts=[str(train)], model=str(model),
-        options=options,
-        valid_tokens=256, valid_context=128, wikitext2_tokens=128, wikitext2_context=64, copy_count=1,
+        options=options, valid_tokens=256, valid_context=128, wikitext2_tokens=128, wikitext2_context=64, copy_count=1,
     )  # fmt: skip
     return SimpleNamespace(shared=shared, questions=str(questions), folder=folder)
 

@@ -30,7 +30,7 @@ from tpa_train.gemma3.config import SIZES
 from tpa_train.tpa.quantization import GROUP
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 
-WIDTHS = Budget().bits
+WIDTHS = (16, 8, 6, 4, 3, 2)
 
 
 def _config(groups=1, **changes):
@@ -334,9 +334,9 @@ def test_only_what_the_budget_allows_is_offered():
         entries = [e for s in specs for e in (*s.key_entries(config), *s.value_entries(config)) if e.count > 4]
         return {f for s in specs for f in (s.form_k, s.form_v)}, {b for e in entries for *_, b in e.segments}
 
-    assert offered(Budget()) == ({"latent", "dense"}, set(Budget().bits))
+    assert offered(Budget()) == ({"latent", "dense"}, {16, 8, 6, 4, 3, 2})
     assert offered(Budget(bits=(8,))) == ({"latent"}, {8})
-    assert offered(Budget(forms=("joint",))) == ({"joint"}, set(Budget().bits))
+    assert offered(Budget(forms=("joint",))) == ({"joint"}, {16, 8, 6, 4, 3, 2})
     forms, widths = offered(Budget(forms=FORMS, bits=(8, 4)))
     assert {"latent", "joint"} <= forms and "dense" not in forms and widths == {8, 4}
     cheap = {p: 1e-9 if p.form == "contextual" else kl for p, kl in measured.items()}
