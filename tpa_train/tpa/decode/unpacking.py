@@ -36,52 +36,111 @@ def dot(a, b, c, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _number(codes):
-    """int32 below 2²³ to float32, without a conversion unit: its bits are the low ones of 2²³ + code."""
-    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+def order(BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which numbers of a piece its columns hold, [BLOCK]. ``Plan.lay_out`` and ``plan.packed_order`` know it as well."""
+    n = tl.arange(0, BLOCK)
+    if BITS < 16:
+        n = n // 32 * 32 + n // 2 % 4 * 8 + n % 2 * 4 + n // 8 % 4
+    return n
 
 
 @triton.jit
-def _load_bytes(base, at, valid, first, COUNT: tl.constexpr, BYTES: tl.constexpr, STEP: tl.constexpr):
-    byte = first + STEP * tl.arange(0, COUNT)
-    return tl.load(base + at[:, None] + byte[None, :], mask=valid[:, None] & (byte < BYTES)[None, :], other=0).to(
-        tl.int32
-    )
-
-
-@triton.jit
-def _load_codes(base, at, valid, BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr):
-    """Returns the codes START … START + BLOCK of the rows at ``at`` [T], as whole float32 numbers [T, BLOCK].
-
-    A word is the bytes that whole codes fit into: 1 byte, or 3 for widths of 3 and 6. The i-th codes of all words are
-    one plane; planes are interleaved in the order that gives the codes' own.
-    """
-    first: tl.constexpr = START * BITS // 8
-    if BITS == 8:
-        codes = _load_bytes(base, at, valid, first, BLOCK, BYTES, 1)
-    elif BITS == 4:
-        word = _load_bytes(base, at, valid, first, BLOCK // 2, BYTES, 1)
-        codes = tl.interleave(word & 15, word >> 4)
-    elif BITS == 2:
-        word = _load_bytes(base, at, valid, first, BLOCK // 4, BYTES, 1)
-        even = tl.interleave(word & 3, (word >> 4) & 3)
-        codes = tl.interleave(even, tl.interleave((word >> 2) & 3, word >> 6))
+def _load_words(
+    base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """COUNT words (or bytes) of the rows at ``at`` [T], from FIRST on, STEP apart; those beyond WORDS are 0."""
+    word = FIRST + STEP * tl.arange(0, COUNT)
+    if FIRST + STEP * (COUNT - 1) < WORDS:
+        x = tl.load(base + at[:, None] + word[None, :], mask=valid[:, None], other=0)
     else:
-        words: tl.constexpr = BLOCK * BITS // 24
-        word = _load_bytes(base, at, valid, first, words, BYTES, 3)
-        word |= _load_bytes(base, at, valid, first + 1, words, BYTES, 3) << 8
-        word |= _load_bytes(base, at, valid, first + 2, words, BYTES, 3) << 16
+        x = tl.load(base + at[:, None] + word[None, :], mask=valid[:, None] & (word < WORDS)[None, :], other=0)
+    return x.to(tl.int32)
+
+
+@triton.jit
+def _bytes_of_eight(
+    base, at, valid, FIRST: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """The first and the second four of every eight codes, where rows are no whole words."""
+    low = _load_words(base, at, valid, FIRST, BITS, COUNT, WORDS)
+    if BITS == 3:
+        low |= _load_words(base, at, valid, FIRST + 1, BITS, COUNT, WORDS) << 8
+        low |= _load_words(base, at, valid, FIRST + 2, BITS, COUNT, WORDS) << 16
+        high = low
+    else:
+        high = _load_words(base, at, valid, FIRST + BITS // 2, BITS, COUNT, WORDS)
+        for i in tl.static_range(1, BITS // 2):
+            low |= _load_words(base, at, valid, FIRST + i, BITS, COUNT, WORDS) << 8 * i
+            high |= _load_words(base, at, valid, FIRST + BITS // 2 + i, BITS, COUNT, WORDS) << 8 * i
+    return low, high
+
+
+@triton.jit
+def _words_of_eight(
+    base, at, valid, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """The first and the second four of every eight codes, [T, BLOCK / 8] each: in the low bits of an int32."""
+    if BITS == 8:
+        word = _load_words(base, at, valid, FIRST, 1, BLOCK // 4, WORDS)
+        low, high = tl.split(tl.reshape(word, (word.shape[0], BLOCK // 8, 2)))
+    elif BITS == 4:
+        low = _load_words(base, at, valid, FIRST, 1, BLOCK // 8, WORDS)
+        high = low
+    elif BITS == 2:
+        word = _load_words(base, at, valid, FIRST, 1, BLOCK // 16, WORDS)
+        low = tl.reshape(word[:, :, None] >> (16 * tl.arange(0, 2))[None, None, :], (word.shape[0], BLOCK // 8))
+        high = low
+    else:
+        # Three words are four times 24 bits.
+        PARTS: tl.constexpr = 12 // BITS
+        TRIPLES: tl.constexpr = BLOCK * BITS // 96
+        a = _load_words(base, at, valid, FIRST, 3, TRIPLES, WORDS)[:, :, None]
+        b = _load_words(base, at, valid, FIRST + 1, 3, TRIPLES, WORDS)[:, :, None]
+        c = _load_words(base, at, valid, FIRST + 2, 3, TRIPLES, WORDS)[:, :, None]
+        second, third, fourth = (a >> 24 & 255) | b << 8, (b >> 16 & 65535) | c << 16, c >> 8
+        part = tl.arange(0, PARTS)[None, None, :]
         if BITS == 6:
-            even = tl.interleave(word & 63, (word >> 12) & 63)
-            codes = tl.interleave(even, tl.interleave((word >> 6) & 63, word >> 18))
+            low, high = tl.where(part == 0, a, third), tl.where(part == 0, second, fourth)
+            high = tl.reshape(high, (at.shape[0], BLOCK // 8))
+            low = tl.reshape(low, (at.shape[0], BLOCK // 8))
         else:
-            a = tl.interleave(word & 7, (word >> 12) & 7)
-            b = tl.interleave((word >> 6) & 7, (word >> 18) & 7)
-            even = tl.interleave(a, b)
-            a = tl.interleave((word >> 3) & 7, (word >> 15) & 7)
-            b = tl.interleave((word >> 9) & 7, word >> 21)
-            codes = tl.interleave(even, tl.interleave(a, b))
-    return _number(codes)
+            low = tl.where(part < 2, tl.where(part == 0, a, second), tl.where(part == 2, third, fourth))
+            low = tl.reshape(low, (at.shape[0], BLOCK // 8))
+            high = low
+    return low, high
+
+
+@triton.jit
+def _steps(codes, AT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of four codes each, from bit AT of int32 [T, BLOCK / 8] on: 1 + code / 2^BITS, float32 [T, BLOCK / 32, 4 (of
+    these), 4]. No conversion: a code becomes the first bits of a mantissa."""
+    codes = tl.reshape(codes, (codes.shape[0], BLOCK // 32, 1, 4))
+    left = (23 - BITS - AT) - (BITS * tl.arange(0, 4))[None, None, :, None]
+    right = tl.maximum(-left, 0)
+    left = tl.maximum(left, 0)
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
+    if INTERPRETED:
+        codes = (((codes << left) >> right) & MASK) | 0x3F800000
+    else:  # two instructions, as one shift is by nothing; from the line above the compiler makes four
+        codes = tl.inline_asm_elementwise(
+            "{.reg .b32 a; shl.b32 a, $1, $2; shr.u32 a, a, $3; lop3.b32 $0, a, $4, $5, 0xEA;}", "=r,r,r,r,r,r",
+            [codes, left, right, MASK, 0x3F800000], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return codes.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scales(pair):
+    """Of a float16 pair in an int32: both, in float32."""
+    if INTERPRETED:
+        scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        low = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:  # the same in two instructions
+        scale, low = tl.inline_asm_elementwise(
+            "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}",
+            "=f,=f,r", [pair], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return scale, low
 
 
 @triton.jit
@@ -104,16 +163,25 @@ def load_piece(
             x = tl.load(base + at, mask=valid[:, None] & (column < COUNT)[None, :], other=0.0)
     else:
         bytes_of_row: tl.constexpr = (COUNT * BITS + 7) // 8
-        base = stored[TENSOR] + sequence * (ROWS * bytes_of_row) + row * bytes_of_row
-        codes = _load_codes(base, slot * (ROWS * bytes_of_row), valid, BITS, START, BLOCK, bytes_of_row)
+        first: tl.constexpr = START * BITS // 8
+        in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
+        if in_words:
+            words: tl.constexpr = bytes_of_row // 4
+            base = stored[TENSOR] + sequence * (ROWS * words) + row * words
+            early, late = _words_of_eight(base, slot * (ROWS * words), valid, first // 4, BITS, BLOCK, words)
+        else:
+            base = stored[TENSOR] + sequence * (ROWS * bytes_of_row) + row * bytes_of_row
+            at = slot * (ROWS * bytes_of_row)
+            early, late = _bytes_of_eight(base, at, valid, first, BITS, BLOCK // 8, bytes_of_row)
+        at_late: tl.constexpr = 4 * BITS if BITS == 3 or (in_words and BITS <= 4) else 0
+        steps = tl.join(_steps(early, 0, BITS, BLOCK), _steps(late, at_late, BITS, BLOCK))
         groups: tl.constexpr = (COUNT + 31) // 32
-        group = START // 32 + tl.arange(0, BLOCK // 32)
         base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
-        at = (slot * (ROWS * groups))[:, None] + group[None, :]
-        pair = tl.load(base + at, mask=valid[:, None] & (group < groups)[None, :], other=0)
-        scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        low = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x = tl.reshape(codes, (slot.shape[0], BLOCK // 32, 32)) * scale[:, :, None] + low[:, :, None]
+        pair = _load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+        scale, low = _scales(pair)
+        # low + scale · code: what is subtracted is exact, and the sum's rounding 2⁻²⁴ of the group's range.
+        span = scale * (1 << BITS)
+        x = steps * span[:, :, None, None, None] + (low - span)[:, :, None, None, None]
         x = tl.reshape(x, (slot.shape[0], BLOCK))
     return x
 
