@@ -45,6 +45,18 @@ def order(BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_at(base, at, valid, word, WORDS: tl.constexpr):
+    """Some words of the rows at ``at`` [T]; the last one instead of those beyond WORDS."""
+    return tl.load(base + at[:, None] + tl.minimum(word, WORDS - 1)[None, :], mask=valid[:, None], other=0)
+
+
+@triton.jit
+def _funnel(low, high, bit):
+    """The 32 bits from ``bit`` on, 0 to 31, of int64 in two int32."""
+    return (low.to(tl.uint32, bitcast=True) >> bit).to(tl.int32, bitcast=True) | (high << 1) << (31 - bit)
+
+
+@triton.jit
 def _load_words(
     base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
@@ -86,27 +98,21 @@ def _words_of_eight(
     elif BITS == 4:
         low = _load_words(base, at, valid, FIRST, 1, BLOCK // 8, WORDS)
         high = low
-    elif BITS == 2:
-        word = _load_words(base, at, valid, FIRST, 1, BLOCK // 16, WORDS)
-        low = tl.reshape(word[:, :, None] >> (16 * tl.arange(0, 2))[None, None, :], (word.shape[0], BLOCK // 8))
-        high = low
     else:
-        # Three words are four times 24 bits.
-        PARTS: tl.constexpr = 12 // BITS
-        TRIPLES: tl.constexpr = BLOCK * BITS // 96
-        a = _load_words(base, at, valid, FIRST, 3, TRIPLES, WORDS)[:, :, None]
-        b = _load_words(base, at, valid, FIRST + 1, 3, TRIPLES, WORDS)[:, :, None]
-        c = _load_words(base, at, valid, FIRST + 2, 3, TRIPLES, WORDS)[:, :, None]
-        second, third, fourth = (a >> 24 & 255) | b << 8, (b >> 16 & 65535) | c << 16, c >> 8
-        part = tl.arange(0, PARTS)[None, None, :]
-        if BITS == 6:
-            low, high = tl.where(part == 0, a, third), tl.where(part == 0, second, fourth)
-            high = tl.reshape(high, (at.shape[0], BLOCK // 8))
-            low = tl.reshape(low, (at.shape[0], BLOCK // 8))
-        else:
-            low = tl.where(part < 2, tl.where(part == 0, a, second), tl.where(part == 2, third, fourth))
-            low = tl.reshape(low, (at.shape[0], BLOCK // 8))
+        # Eight codes are no word: every one of them reads what it needs, and neighbours partly the same.
+        n = tl.arange(0, BLOCK // 8)
+        bit = n * (8 * BITS) % 32
+        low = _load_at(base, at, valid, FIRST + n * BITS // 4, WORDS)
+        if BITS == 2:
+            low = low >> bit[None, :]
             high = low
+        else:
+            after = _load_at(base, at, valid, FIRST + n * BITS // 4 + 1, WORDS)
+            second = (low >> 24 & 255) | after << 8
+            low = _funnel(low, after, bit[None, :])
+            high = low
+            if BITS == 6:
+                high = tl.where((bit == 0)[None, :], second, after >> 8)
     return low, high
 
 
