@@ -152,7 +152,8 @@ def prepare(
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        options |= {"JOINED": joined, "RH": joined * plan.heads}
+        kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
+        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed

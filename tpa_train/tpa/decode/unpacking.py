@@ -51,12 +51,6 @@ def _load_at(base, at, valid, word, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _funnel(low, high, bit):
-    """The 32 bits from ``bit`` on, 0 to 31, of int64 in two int32."""
-    return (low.to(tl.uint32, bitcast=True) >> bit).to(tl.int32, bitcast=True) | (high << 1) << (31 - bit)
-
-
-@triton.jit
 def _load_words(
     base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
@@ -70,69 +64,58 @@ def _load_words(
 
 
 @triton.jit
-def _bytes_of_eight(
-    base, at, valid, FIRST: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
+def _units(
+    base, at, valid, FIRST: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.constexpr,
+    IN_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The first and the second four of every eight codes, where rows are no whole words."""
-    low = _load_words(base, at, valid, FIRST, BITS, COUNT, WORDS)
-    if BITS == 3:
-        low |= _load_words(base, at, valid, FIRST + 1, BITS, COUNT, WORDS) << 8
-        low |= _load_words(base, at, valid, FIRST + 2, BITS, COUNT, WORDS) << 16
-        high = low
-    else:
-        high = _load_words(base, at, valid, FIRST + BITS // 2, BITS, COUNT, WORDS)
-        for i in tl.static_range(1, BITS // 2):
-            low |= _load_words(base, at, valid, FIRST + i, BITS, COUNT, WORDS) << 8 * i
-            high |= _load_words(base, at, valid, FIRST + BITS // 2 + i, BITS, COUNT, WORDS) << 8 * i
-    return low, high
-
-
-@triton.jit
-def _words_of_eight(
-    base, at, valid, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, WORDS: tl.constexpr
-):  # fmt: skip
-    """The first and the second four of every eight codes, [T, BLOCK / 8] each: in the low bits of an int32."""
-    if BITS == 8:
-        word = _load_words(base, at, valid, FIRST, 1, BLOCK // 4, WORDS)
-        low, high = tl.split(tl.reshape(word, (word.shape[0], BLOCK // 8, 2)))
-    elif BITS == 4:
-        low = _load_words(base, at, valid, FIRST, 1, BLOCK // 8, WORDS)
-        high = low
-    else:
-        # Eight codes are no word: every one of them reads what it needs, and neighbours partly the same.
-        n = tl.arange(0, BLOCK // 8)
-        bit = n * (8 * BITS) % 32
-        low = _load_at(base, at, valid, FIRST + n * BITS // 4, WORDS)
-        if BITS == 2:
-            low = low >> bit[None, :]
-            high = low
+    """COUNT times UNIT bytes of the rows at ``at`` [T], which have BYTES, from FIRST on: the low bits of int32."""
+    n = tl.arange(0, COUNT)
+    if not IN_WORDS:
+        x = _load_words(base, at, valid, FIRST, UNIT, COUNT, BYTES)
+        for i in tl.static_range(1, UNIT):
+            x |= _load_words(base, at, valid, FIRST + i, UNIT, COUNT, BYTES) << 8 * i
+    elif UNIT == 4:
+        x = _load_words(base, at, valid, FIRST // 4, 1, COUNT, BYTES // 4)
+    else:  # neighbours read the same word, where they have a part of it each
+        bit = (n * (8 * UNIT) % 32)[None, :]
+        x = _load_at(base, at, valid, FIRST // 4 + n * UNIT // 4, BYTES // 4)
+        if UNIT == 3:
+            after = _load_at(base, at, valid, FIRST // 4 + n * UNIT // 4 + 1, BYTES // 4)
+            x = (x.to(tl.uint32, bitcast=True) >> bit).to(tl.int32, bitcast=True) | (after << 1) << (31 - bit)
         else:
-            after = _load_at(base, at, valid, FIRST + n * BITS // 4 + 1, WORDS)
-            second = (low >> 24 & 255) | after << 8
-            low = _funnel(low, after, bit[None, :])
-            high = low
-            if BITS == 6:
-                high = tl.where((bit == 0)[None, :], second, after >> 8)
-    return low, high
+            x = x >> bit
+    return x
 
 
 @triton.jit
-def _steps(codes, AT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of four codes each, from bit AT of int32 [T, BLOCK / 8] on: 1 + code / 2^BITS, float32 [T, BLOCK / 32, 4 (of
-    these), 4]. No conversion: a code becomes the first bits of a mantissa."""
-    codes = tl.reshape(codes, (codes.shape[0], BLOCK // 32, 1, 4))
-    left = (23 - BITS - AT) - (BITS * tl.arange(0, 4))[None, None, :, None]
-    right = tl.maximum(-left, 0)
-    left = tl.maximum(left, 0)
+def _load_steps(
+    base, at, valid, BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+):  # fmt: skip
+    """Returns 1 + code / 2^BITS of the codes START … START + BLOCK of the rows at ``at`` [T], which have BYTES.
+
+    Float32 [T, BLOCK / 32, 4, 4, 2], in ``order``. A code becomes the first bits of a mantissa: no conversion, and what
+    is subtracted is for ``load_piece`` to do once a group.
+    """
+    # A unit is eight codes or, where those are more than a word, four.
+    UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
+    HALVES: tl.constexpr = 2 * UNIT // BITS
+    COUNT: tl.constexpr = BLOCK * BITS // (8 * UNIT)
+    x = _units(base, at, valid, START * BITS // 8, UNIT, COUNT, BYTES, IN_WORDS)
+    x = tl.reshape(x, (x.shape[0], BLOCK // 32, 1, 4, 3 - HALVES))
+    bit = (BITS * tl.arange(0, 4))[None, None, :, None, None]
+    if HALVES == 2:
+        bit = bit + (4 * BITS * tl.arange(0, 2))[None, None, None, None, :]
+    left = 23 - BITS - bit
     MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
     if INTERPRETED:
-        codes = (((codes << left) >> right) & MASK) | 0x3F800000
+        x = ((x << tl.maximum(left, 0)) >> tl.maximum(-left, 0)) & MASK | 0x3F800000
     else:  # two instructions, as one shift is by nothing; from the line above the compiler makes four
-        codes = tl.inline_asm_elementwise(
+        x = tl.inline_asm_elementwise(
             "{.reg .b32 a; shl.b32 a, $1, $2; shr.u32 a, a, $3; lop3.b32 $0, a, $4, $5, 0xEA;}", "=r,r,r,r,r,r",
-            [codes, left, right, MASK, 0x3F800000], dtype=tl.int32, is_pure=True, pack=1,
+            [x, tl.maximum(left, 0), tl.maximum(-left, 0), MASK, 0x3F800000], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-    return codes.to(tl.float32, bitcast=True)
+    return x.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -169,18 +152,10 @@ def load_piece(
             x = tl.load(base + at, mask=valid[:, None] & (column < COUNT)[None, :], other=0.0)
     else:
         bytes_of_row: tl.constexpr = (COUNT * BITS + 7) // 8
-        first: tl.constexpr = START * BITS // 8
         in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
-        if in_words:
-            words: tl.constexpr = bytes_of_row // 4
-            base = stored[TENSOR] + sequence * (ROWS * words) + row * words
-            early, late = _words_of_eight(base, slot * (ROWS * words), valid, first // 4, BITS, BLOCK, words)
-        else:
-            base = stored[TENSOR] + sequence * (ROWS * bytes_of_row) + row * bytes_of_row
-            at = slot * (ROWS * bytes_of_row)
-            early, late = _bytes_of_eight(base, at, valid, first, BITS, BLOCK // 8, bytes_of_row)
-        at_late: tl.constexpr = 4 * BITS if BITS == 3 or (in_words and BITS <= 4) else 0
-        steps = tl.join(_steps(early, 0, BITS, BLOCK), _steps(late, at_late, BITS, BLOCK))
+        pitch: tl.constexpr = bytes_of_row // 4 if in_words else bytes_of_row
+        base = stored[TENSOR] + sequence * (ROWS * pitch) + row * pitch
+        steps = _load_steps(base, slot * (ROWS * pitch), valid, BITS, START, BLOCK, bytes_of_row, in_words)
         groups: tl.constexpr = (COUNT + 31) // 32
         base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
         pair = _load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
