@@ -58,8 +58,8 @@ def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _order(block: int, device: torch.device) -> Tensor:
-    """Returns which numbers the columns of a block of packed ones hold: see ``unpacking``.
+def order(block: int, device: torch.device) -> Tensor:
+    """Returns which numbers the columns of a block of packed ones hold, as ``unpacking.order`` does.
 
     Of eight neighbours in a group of 32, t-th, the q-th and (q + 4)-th are columns 8 q + 2 t and 8 q + 2 t + 1.
     """
@@ -127,7 +127,7 @@ class Plan:
                 _, bits, count, first, block, column, _ = key_pieces[i : i + 7]
                 part = up[:, :, column : column + min(block, count - first)]
                 part = F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2]))
-                blocks.append(part if bits == 16 else part[:, :, _order(block, part.device)])
+                blocks.append(part if bits == 16 else part[:, :, order(block, part.device)])
             laid_out = torch.cat(blocks, dim=2).to(dtype).contiguous()
             if _recorded(laid_out.device):  # filled when the graph runs, not now
                 return laid_out

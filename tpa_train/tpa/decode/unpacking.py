@@ -37,7 +37,11 @@ def dot(a, b, c, DTYPE: tl.constexpr):
 
 @triton.jit
 def order(BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which numbers of a piece its columns hold, [BLOCK]. ``Plan.lay_out`` and ``plan.packed_order`` know it as well."""
+    """Which numbers of a piece its columns hold, [BLOCK]; for U, ``plan.order`` says the same.
+
+    Operands of products lie so that the t-th of four threads holds the columns 2 t and 2 t + 1 of every eight. Of a
+    group of 32 packed numbers these are eight neighbours, which it reads at once.
+    """
     n = tl.arange(0, BLOCK)
     if BITS < 16:
         n = n // 32 * 32 + n // 2 % 4 * 8 + n % 2 * 4 + n // 8 % 4
