@@ -124,6 +124,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
                 found += [Tiles(64, 4, 2, programs=programs) for programs in (4, 6, 8)]
                 found += [Tiles(64, 4, 1, programs=programs) for programs in (2, 4)]
                 found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
+                found += [Tiles(64, 4, 1, 64, programs=n, registers=r) for n, r in ((4, None), (3, 168))]
                 found += [Tiles(32, 1, 3, programs=8), Tiles(64, 2, 2, programs=6), Tiles(128, 8, 2, programs=3)]
                 if plan.joins(2):
                     shapes = ((64, 4, 2, 3, None), (64, 4, 3, 3, 168), (128, 8, 2, 2, 128), (128, 4, 2, 3, 168))
