@@ -90,7 +90,7 @@ static void score(const float *q, int heads, int padded, const float *keys, int 
 
 /* ---- Values ---- */
 
-/* sums [heads, padded] = sums · keep [heads] + weights [heads, TILE] times values [TILE, stride]; `heads` a constant. */
+/* sums [heads, padded] = sums · keep [heads] + weights [heads, TILE] times values [TILE, stride]; `heads`: constant. */
 INLINE void add_heads(
     const float *w, const float *keep, const float *v, int stride, int padded, float *sums, const int heads
 ) {
