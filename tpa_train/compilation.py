@@ -60,7 +60,7 @@ def stage_forwards(
     """Inside the context a stage's passes run on ``device`` as the options say: compiled, recomputed, both or neither.
 
     Sharded weights are gathered layer by layer by hooks, so that each layer is then compiled on its own. ``alike``:
-    whether all batches have the same shapes, so that what one of them did can be replayed for another.
+    whether batches have one of a few shapes, so that what one of them did can be replayed for others.
     """
     layers = [*module.teacher.layers, *module.student.layers]
     with ExitStack() as stack:

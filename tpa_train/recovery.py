@@ -87,9 +87,8 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            data = session.settings.data
-            # Where documents begin is a tensor of several sizes, and images come in any number.
-            alike = data.join_documents and data.kind not in ("chat", "image_text")
+            # Where documents begin is a tensor of one of a few sizes (``document_offsets``); images come in any number.
+            alike = session.settings.data.kind != "image_text"
             with stage_forwards(module, session.settings.trainer, sharded, session.machine.device, alike):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 

@@ -284,7 +284,7 @@ def likely_specs(config: Gemma3Config, budget: Budget) -> list[LayerSpec]:
         for rank in range(widest // budget.multiple * budget.multiple, 0, -budget.multiple):
             specs = dense_specs(config)
             for layer in layers:
-                specs[layer] = LayerSpec(form, rank, form, rank, bits)
+                specs[layer] = LayerSpec(form, rank, form, rank, bits).with_norms(config, layer)
             if cache_bytes(config, specs, budget.context) <= budget.bytes(config):
                 return specs
     return specs  # the smallest rank; mixed widths will have to do better

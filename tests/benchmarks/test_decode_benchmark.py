@@ -68,7 +68,7 @@ def test_tiny_run(tmp_path, capsys, monkeypatch):
             row["dense_us"] == min(t for t in row["dense_backends"].values() if isinstance(t, float))
             and not row["dense_graph"]
         )
-        assert (row["rebuild_bound"] is None) == (form not in ("latent", "joint", "tucker"))
+        assert (row["rebuild_bound"] is None) == (form not in ("latent", "joint", "joint_norms", "tucker"))
         if kind == "prefill":
             assert row["tpa_backend"] == "masked" and "bar" not in row
             continue
@@ -147,8 +147,8 @@ def test_forms_of_the_published_sizes(size):
     assert latent.rank_k == config.head_dim // 4
     assert dense.bytes_per_token(config) == 4 * latent.bytes_per_token(config)
     for bits in (16, 4):
-        wide = [form_spec(n, config, bits).bytes_per_token(config) for n in ("latent", "joint")]
-        assert wide[0] == wide[1]
+        wide = [form_spec(n, config, bits).bytes_per_token(config) for n in ("latent", "joint", "joint_norms")]
+        assert wide[0] == wide[1] and (bits < 16 or wide[2] == wide[1] + 2 * config.num_kv_heads)
     # DESIGN §3: separate latents take d/2 operations a byte read; a joint one G·d.
     assert rebuild_flops(config, latent) / latent.bytes_per_token(config) == config.head_dim / 2
     assert rebuild_flops(config, joint) / joint.bytes_per_token(config) == config.num_kv_heads * config.head_dim

@@ -17,7 +17,7 @@ LINEAR = [
     LayerSpec("constant_b", 9, "constant_b", 16, bits_k=3, bits_v=16),
     LayerSpec("tucker", 16, "tucker", 16, 4, form_q="tucker", rank_q=16, form_o="tucker", heads_k=1, heads_v=1,
               hidden=40, shared_features=True),
-    LayerSpec("joint", 40, "joint", 40, bits_k=(16, 8)),
+    LayerSpec("joint", 40, "joint", 40, bits_k=(16, 8), cached_norm=True),
     LayerSpec("dense", 32, "dense", 32, 8),
 ]  # fmt: skip
 OTHERS = [

@@ -118,6 +118,7 @@ def test_the_budget_is_met_and_nothing_that_helps_is_left(groups, forms, bits, r
         if layer not in choices:
             assert not spec.converted
             continue
+        assert spec == spec.with_norms(config, layer)
         for kind in "kv":
             form, rank = getattr(spec, f"form_{kind}"), getattr(spec, f"rank_{kind}")
             whole = 2 * groups * 64 if form == "joint" else 64

@@ -217,7 +217,7 @@ def test_ranks_and_bytes_of_latent_choices(groups, widths, multiple, kind, form)
     n = 2 * groups * 72 if joint else 72
     energies = _groups(n, 32 if min(widths) < 16 else multiple, 1 if joint else groups)
     ranks = {n // 8: 0.5, n // 4: 0.2, n // 2: 0.05}
-    choices = latent_choices(config, kind, form, energies, ranks, 0.01, widths, multiple)
+    choices = latent_choices(config, kind, form, energies, ranks, 0.01, widths, multiple, 5)
     found = set()
     for choice in choices:
         spec = choice.spec
@@ -225,7 +225,9 @@ def test_ranks_and_bytes_of_latent_choices(groups, widths, multiple, kind, form)
         found.add(rank)
         assert rank % multiple == 0 or rank == n
         assert {bits} if isinstance(bits, int) else set(bits) <= set(widths)
-        assert choice.bytes == Entry(1 if joint else groups, rank, bits).nbytes and choice.kl >= 0
+        latents = Entry(1 if joint else groups, rank, bits).nbytes
+        norms = 2 * groups if joint and 32 * 2 * groups <= latents else 0  # layer 5 is global
+        assert choice.bytes == latents + norms and choice.kl >= 0
         assert [getattr(spec, f"form_{k}") for k in kind] == [form] * len(kind)
         other = {"k": "v", "v": "k"}.get(kind)
         if other:
@@ -244,7 +246,7 @@ def test_a_partly_filled_group_costs_what_it_drops(multiple):
     groups = _groups(64, 32, share=0.5)
     measured = {8: 0.5, 16: 0.2, 32: 0.05}
     slopes, error = groups.slopes(measured, None), rounding_error(4)
-    choices = latent_choices(config, "k", "latent", groups, measured, None, (4,), multiple)
+    choices = latent_choices(config, "k", "latent", groups, measured, None, (4,), multiple, 5)
     ranks = []
     for choice in choices:
         rank = choice.spec.rank_k
@@ -266,7 +268,7 @@ def test_widths_fall_along_the_latents():
 def test_a_part_that_costs_nothing_still_has_choices():
     config = small_config(head_dim=64)
     for measured in ({8: 0.0, 16: 0.0, 32: 0.0}, {16: -1e-9}):
-        choices = latent_choices(config, "k", "latent", _groups(64), measured, 0.0, (8,), 8)
+        choices = latent_choices(config, "k", "latent", _groups(64), measured, 0.0, (8,), 8, 5)
         assert [c.spec.rank_k for c in choices] == [*range(8, 65, 8)]
         assert max(c.kl for c in choices) < 1e-6
 

@@ -22,6 +22,7 @@ FORMS = {
     "latent 6+16, 2+3": S("latent", 35, "latent", 33, (6, 16), (2, 3)),
     "joint": S("joint", 49, "joint", 49),
     "joint 8+6+4": S("joint", 70, "joint", 70, (8, 6, 4)),
+    "joint 8+16, norms": S("joint", 35, "joint", 35, (8, 16), cached_norm=True),
     "contextual": S("contextual", 2, "contextual", 1),
     "contextual, R = 5": S("contextual", 5, "latent", 9, 8),
     "constant A": S("constant_a", 2, "constant_a", 1, 4),
@@ -57,8 +58,8 @@ def filled(
 ) -> tuple[Tensor, CachedTokens, Tensor]:
     """Returns queries [B, H, d] of each sequence's last token in ``dtype``, what its layer has cached, and its inputs.
 
-    Slots without a token hold 10 (codes: 255), rows that no sequence has as well. (Not more: cuDNN's attention hides
-    keys by a finite number, which scores of 1e5 exceed.)
+    Slots without a token hold 10 (codes: 255; cached norms: 0.01), rows that no sequence has as well. (Not more:
+    cuDNN's attention hides keys by a finite number, which scores of 1e5 exceed.)
     """
     config = attention.config
     slots = config.cached_tokens(attention.layer, capacity)
@@ -70,9 +71,11 @@ def filled(
     queries = attention.queries(x, rotary)
     count = len(lengths) if rows is None else max(rows) + 2
     stored = []
-    for t in packed:
+    norms = getattr(attention, "spec", None) is not None and attention.spec.cached_norm
+    for number, t in enumerate(packed, start=1):
         kind = dtype if t.dtype == torch.float64 else t.dtype
-        buffer = torch.full((count, slots, *t.shape[2:]), 255 if kind == torch.uint8 else 10.0, dtype=kind)
+        empty = 255 if kind == torch.uint8 else 0.01 if norms and number == len(packed) else 10.0
+        buffer = torch.full((count, slots, *t.shape[2:]), empty, dtype=kind)
         for i, length in enumerate(lengths):
             for position in range(max(0, length - slots), length):
                 buffer[i if rows is None else rows[i], position % slots] = t[i, position].to(kind)

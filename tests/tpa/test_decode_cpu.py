@@ -23,7 +23,7 @@ SPECS = [
     LayerSpec("latent", 40, "dense", WIDTH, 6, (4, 16)), LayerSpec("dense", WIDTH, "latent", 33, 16, (2, 4)),
     LayerSpec("joint", 70, "joint", 70, (8, 4, 2)), LayerSpec("joint", 100, "joint", 100, (8, 8, 4, 3)),
     LayerSpec("joint", 97, "joint", 97, (6, 16, 2, 6)), LayerSpec("joint", 39, "joint", 39, 16),
-    LayerSpec("constant_b", 16, "constant_b", 8, 4),
+    LayerSpec("constant_b", 16, "constant_b", 8, 4), LayerSpec("joint", 70, "joint", 70, (8, 4, 2), cached_norm=True),
 ]  # fmt: skip
 STORED = SPECS[:2]  # what a library's kernel serves
 
@@ -41,6 +41,11 @@ def _layer(spec, groups, dtype, width=WIDTH):
     return attention.requires_grad_(False)
 
 
+def _written(attention):
+    """Layouts of what ``write`` returns; cached norms come later."""
+    return attention.entries[: len(attention.entries) - attention.spec.cached_norm]
+
+
 def _cached(attention, dtype, slots, lengths, rows=None):
     """Random queries, and caches of sequences of these ``lengths`` in these ``rows``."""
     generator = torch.Generator().manual_seed(slots)
@@ -52,7 +57,7 @@ def _cached(attention, dtype, slots, lengths, rows=None):
     if type(attention) is Attention:
         stored = tuple(randn(count, slots, *shape) for shape, _ in attention.storage())
     else:
-        stored = attention.pack(tuple(randn(count, slots, e.rows, e.count) for e in attention.entries))
+        stored = attention.pack(tuple(randn(count, slots, e.rows, e.count) for e in _written(attention)))
     rotary = rotary_table(attention.config, "local", torch.arange(max(*lengths, slots) + 3))
     where = None if rows is None else torch.tensor(rows)
     queries = randn(len(lengths), attention.config.num_heads, attention.config.head_dim)
@@ -98,7 +103,7 @@ def test_is_the_reference_in_float64(spec, groups, monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("spec", [s for s in SPECS if s not in STORED], ids=lambda s: s.describe())
+@pytest.mark.parametrize("spec", [s for s in SPECS[:-1] if s not in STORED], ids=lambda s: s.describe())
 @torch.no_grad()
 def test_packs_new_tokens_to_the_bit(spec):
     for dtype, scale in ((torch.float32, 1.0), (torch.float32, 1e-6), (torch.bfloat16, 3e4)):
@@ -108,7 +113,7 @@ def test_packs_new_tokens_to_the_bit(spec):
         before = tuple(t.clone() for t in cached.stored)
         generator = torch.Generator().manual_seed(0)
         news = tuple(
-            (torch.randn(4, 1, e.rows, e.count, generator=generator) * scale).to(dtype) for e in attention.entries
+            (torch.randn(4, 1, e.rows, e.count, generator=generator) * scale).to(dtype) for e in _written(attention)
         )
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             for expected, packed in zip(before, attention.pack(news), strict=True):

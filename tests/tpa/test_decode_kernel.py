@@ -76,7 +76,8 @@ def test_float32_over_a_split_context(form):
 
 
 HALF = (
-    "dense 8+4, 3+16", "latent", "latent 6+16, 2+3", "joint", "contextual", "constant A", "tucker", "dense, tucker"
+    "dense 8+4, 3+16", "latent", "latent 6+16, 2+3", "joint", "joint 8+16, norms", "contextual", "constant A", "tucker",
+    "dense, tucker",
 )  # fmt: skip
 
 
@@ -131,6 +132,33 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
     args = (attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE))
     rebuilt = attend_triton(*args, dataclasses.replace(tiles, absorbed=False))
     torch.testing.assert_close(attend_triton(*args, tiles), rebuilt, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_keys_of_joint_latents_are_never_built_where_norms_are_cached():
+    """As in the 270M: chosen by cost, which without cached norms it cannot be. The rebuilt path gives the same."""
+    spec = LayerSpec("joint", 48, "joint", 48, (8, 4))
+    changes = dict(head_dim=128, rope_theta=1e4, rope_scaling_factor=1.0)
+    assert plan_of(layer(1, spec, **changes), F16, torch.device("cpu")).absorb(32) is None
+    attention = layer(1, dataclasses.replace(spec, cached_norm=True), **changes)
+    tiles = dataclasses.replace(SMALL, tokens=32, columns=64, absorbed=None)
+    queries, cached, _ = filled(attention, [203, 31], 210, F32)
+    args = (attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE))
+    plan = plan_of(args[0], F32, args[1].device)
+    launches = prepare(args[0], plan, *args[1:], tiles)[1]
+    assert plan.absorb(32).fast and attend_absorbed in [item.kernel for item in launches]
+    found, expected = attend_triton(*args, tiles), attend_reference(*args)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    rebuilt = attend_triton(*args, dataclasses.replace(tiles, absorbed=False))
+    torch.testing.assert_close(rebuilt, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vectors_of_wide_latents_are_made_by_several_programs():
+    attention = layer(2, LayerSpec("joint", 300, "joint", 300, cached_norm=True))
+    tiles = dataclasses.replace(SMALL, tokens=32, largest=128, absorbed=True, fast=0)
+    error, _ = _errors(attention, [37, 5], 40, F32, tiles=tiles, splits=1)
+    assert error < 2e-6
 
 
 def test_all_pairs_are_rebuilt_for_few_tokens():
@@ -286,11 +314,12 @@ def test_kernels_compile_for_an_h100():
     """Every kernel at real sizes, without a GPU: they fit a processor and use its matrix units."""
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), "contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-64"]
+    cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-64", "joint-270m-128-norms"]
+    command = [sys.executable, str(script), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
-    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt", *absorbing, *absorbing]
+    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt", *3 * absorbing]
     for f in found:
         assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and (f["wgmma"] > 0 or f["kernel"] == "lay_out_queries")
 
@@ -299,7 +328,7 @@ def test_kernels_compile_for_an_h100():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "form,changes",
-    [(form, {}) for form in ("dense", "joint", "contextual", "latent")]
+    [(form, {}) for form in ("dense", "joint", "joint 8+16, norms", "contextual", "latent")]
     + [("latent", {"head_dim": 128, "rope_theta": 1e4, "rope_scaling_factor": 1.0})],
 )
 def test_a_captured_step_follows_the_lengths(form, changes, monkeypatch):

@@ -1,6 +1,7 @@
 """Cache entries with one width a group of 32: what training sees is what is stored, in the bytes that are counted."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_widths_for_a_person(bits, text, mean):
     [
         LayerSpec("latent", 96, "latent", 40, (8, 4, 4), (16, 2)),
         LayerSpec("joint", 50, "joint", 50, (16, 2)),
+        LayerSpec("joint", 50, "joint", 50, 8, cached_norm=True),
         LayerSpec("dense", 96, "dense", 96, 8, 4),
         LayerSpec("contextual", 2, "constant_a", 3, (8, 4, 2)),
         LayerSpec("tucker", 24, "tucker", 24, 16, form_q="tucker", rank_q=24, form_o="tucker", heads_k=1, hidden=16,
@@ -121,7 +123,7 @@ def test_widths_for_a_person(bits, text, mean):
 )  # fmt: skip
 def test_specifications_survive_json(spec):
     (values,) = json.loads(json.dumps(specs_to_dicts([spec])))
-    assert isinstance(values["bits_k"], int | list)
+    assert isinstance(values["bits_k"], int | list) and ("cached_norm" in values) == spec.cached_norm
     back = LayerSpec(**values)
     assert back == spec and hash(back) == hash(spec) and isinstance(back.bits_k, int | tuple)
 
@@ -150,6 +152,23 @@ def test_a_joint_latent_is_cached_once():
     assert spec.key_entries(config) == [Entry(1, 70, (8, 4, 4))] and spec.value_entries(config) == []
     assert spec.bytes_per_token(config) == (32 + 4) + (16 + 4) + (3 + 4)
     assert spec.describe() == "K joint 70 @ 8+4×2   V joint 70 @ 8+4×2"
+    spec = replace(spec, cached_norm=True)
+    assert spec.key_entries(config) == [Entry(1, 70, (8, 4, 4)), Entry(1, 4)] and spec.value_entries(config) == []
+    assert spec.bytes_per_token(config) == 36 + 20 + 7 + 2 * 4 and "cached norms" in spec.describe()
+    with pytest.raises(UserError, match="cached_norm is of joint latents"):
+        replace(spec, form_k="latent", form_v="latent")
+
+
+def test_norms_are_cached_where_they_add_little_to_a_global_layer():
+    one, four = (small_config(num_kv_heads=groups, head_dim=96) for groups in (1, 4))
+    joint = LayerSpec("joint", 96, "joint", 96, 4)
+    assert joint.bytes_per_token(one) == 60
+    assert not joint.with_norms(one, 5).cached_norm  # 2 bytes are more than a 32nd of 60
+    wider = LayerSpec("joint", 104, "joint", 104, 4)
+    assert wider.bytes_per_token(one) == 68 and wider.with_norms(one, 5) == replace(wider, cached_norm=True)
+    assert not wider.with_norms(four, 5).cached_norm  # 8 bytes
+    assert wider.with_norms(one, 5).with_norms(one, 0) == wider, "keys of a local layer are rebuilt anyway"
+    assert LayerSpec("latent", 96, "latent", 96).with_norms(one, 5) == LayerSpec("latent", 96, "latent", 96)
 
 
 def test_what_counts_as_converted():

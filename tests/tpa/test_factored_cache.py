@@ -1,5 +1,7 @@
 """Decoding with the factored, quantized cache equals the full forward; its bytes equal the formula."""
 
+import dataclasses
+
 import pytest
 import torch
 from random_models import factors_for, random_model, small_config, specs_of, student_of, tokens
@@ -21,7 +23,10 @@ def _mixed(groups, bits, dtype=torch.float32):
 
 
 def _with_joint(groups, rounded, dtype=torch.float64):
-    """Joint latents beside dense and latent layers, each in a local and in a global layer; 40 numbers a head."""
+    """Joint latents, half of them with norms, beside dense and latent layers, each in a local and in a global layer.
+
+    40 numbers a head.
+    """
     config = small_config(
         num_layers=8, layer_kinds=KINDS, num_kv_heads=groups, sliding_window=WINDOW, head_dim=40, hidden_size=48
     )
@@ -35,6 +40,8 @@ def _with_joint(groups, rounded, dtype=torch.float64):
         LayerSpec("dense", 40, "latent", 33, bits_d, bits_v), LayerSpec("joint", 9, "joint", 9, 8 if rounded else 16),
     ]  # fmt: skip
     specs = [*pair, *pair]
+    for layer in (0, 7):  # local and global
+        specs[layer] = dataclasses.replace(specs[layer], cached_norm=True)
     model = random_model(config, seed=groups, dtype=dtype)
     return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors_for(model, specs))
 
@@ -160,14 +167,15 @@ def test_bytes_of_joint_latents_and_mixed_widths(groups, context, rank, widths):
     """One row for all heads, counted once; every group of 32 at its own width."""
     config = small_config(num_kv_heads=groups, head_dim=40, sliding_window=64)
     specs = dense_specs(config)
-    specs[1] = specs[5] = LayerSpec("joint", rank, "joint", rank, widths)
+    specs[1] = LayerSpec("joint", rank, "joint", rank, widths)
+    specs[5] = dataclasses.replace(specs[1], cached_norm=True)
     specs[2] = LayerSpec("latent", 40, "latent", 33, (8, 4), (16, 4))
     with torch.device("meta"):
         student = Gemma3ForMultimodalLMwithTPA(config, specs)
     joint = sum(_bytes(min(32, rank - 32 * i), bits) for i, bits in enumerate(widths))
     latent = groups * (_bytes(32, 8) + _bytes(8, 4) + _bytes(32, 16) + _bytes(1, 4))
     short = min(context, 64)
-    expected = short * (3 * groups * 2 * 40 * 2 + latent + joint) + context * joint
+    expected = short * (3 * groups * 2 * 40 * 2 + latent + joint) + context * (joint + 2 * groups)
     assert student.cache_bytes(context) == cache_bytes(config, specs, context) == expected
     cache = student.allocate_cache(1, context, dtype=torch.bfloat16, device="cpu")
     assert sum(t.untyped_storage().nbytes() for layer in cache.buffers for t in layer) == expected == cache.nbytes

@@ -1,5 +1,7 @@
 """Full-rank latents are the dense model, at every size's head shapes; truncated ones follow DESIGN §3 exactly."""
 
+import copy
+
 import pytest
 import torch
 from random_models import factors_for, head_shapes, random_model, small_config, student_of, tokens
@@ -12,11 +14,11 @@ from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 
-def _joint_student(model, ranks, bits=16):
+def _joint_student(model, ranks, bits=16, cached_norm=False):
     """``ranks``: layer -> rank of the joint latent."""
     specs = dense_specs(model.config)
     for layer, rank in ranks.items():
-        specs[layer] = LayerSpec("joint", rank, "joint", rank, bits)
+        specs[layer] = LayerSpec("joint", rank, "joint", rank, bits, cached_norm=cached_norm)
     return Gemma3ForMultimodalLMwithTPA.from_dense(model, specs, factors_for(model, specs))
 
 
@@ -179,11 +181,36 @@ def test_gradients_reach_every_factor():
         assert (p.grad.abs().max() > 1e-8) != name.endswith("keys.center"), name
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_gradients_reach_every_factor_of_a_joint_latent(groups):
+@pytest.mark.parametrize("bits", [16, (8, 3), (16, 2)])
+def test_cached_norms_are_those_of_the_rounded_latents(bits):
+    """So keys and their gradients are what they are without cached norms; only rounding 1/rms makes a difference."""
+    config = small_config(num_kv_heads=4, head_dim=40, hidden_size=48)
+    model, ids = random_model(config, dtype=torch.float64), tokens(config, 1, 30)
+    found = []
+    for cached_norm in (True, False):
+        student = _joint_student(model, {5: 50}, bits, cached_norm)
+        parameters = {n: p.requires_grad_() for n, p in student.named_parameters() if n in student.factor_names()}
+        logits = student(ids)
+        found.append((logits, torch.autograd.grad(logits.logsumexp(-1).sum(), list(parameters.values()))))
+        attention = student.layers[5].self_attn
+        for dtype in (torch.float64, torch.bfloat16):  # entries as they come back are what training sees, to the bit
+            layer, x = copy.deepcopy(attention).to(dtype), torch.randn(2, 7, 48, dtype=dtype)
+            entries = layer.write(x, None)
+            for mine, theirs in zip(layer.unpack(layer.pack(entries), dtype), layer.as_cached(entries), strict=True):
+                assert mine.dtype == dtype and torch.equal(mine, theirs)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+    (rounded,) = attention.as_cached(attention.write(x.double(), None))  # of the layer without cached norms
+    norms = attention.keys.inverse_norms(rounded)
+    keys = torch.einsum("blr,gdr->blgd", rounded[:, :, 0] + attention.keys.center, attention.keys.up)
+    assert norms.shape == (2, 7, 1, 4)
+    torch.testing.assert_close((keys * norms.mT).square().mean(-1), torch.ones(2, 7, 4).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups,cached_norm", [(1, False), (4, False), (4, True)])
+def test_gradients_reach_every_factor_of_a_joint_latent(groups, cached_norm):
     config = small_config(num_kv_heads=groups)
     model, ids = random_model(config), tokens(config, 1, 30)
-    student = _joint_student(model, {0: 6, 5: 9}, bits=8)
+    student = _joint_student(model, {0: 6, 5: 9}, bits=8, cached_norm=cached_norm)
     parameters = {n: p.requires_grad_() for n, p in student.named_parameters() if n in student.factor_names()}
     assert {n.split("self_attn.")[1] for n in parameters} == {
         "keys.down.weight", "keys.up", "keys.center", "values.up", "values.bias"

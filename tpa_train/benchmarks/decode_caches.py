@@ -21,10 +21,11 @@ from tpa_train.tpa.spec import LayerSpec
 DTYPE = torch.bfloat16  # of queries, weights and unquantized entries
 HIDDEN = 64  # size of the inputs that entries are made of: attention itself never sees it
 POOL = 32_749  # different tokens of a cache; a prime, so that no block of a kernel meets the same ones twice
-# name -> form, and its rank; None: a quarter of head_dim (a joint latent: of as many bytes as two of that)
+# name -> form, and its rank; None: a quarter of head_dim (a joint latent: of as many numbers as two of that)
 FORMS: dict[str, tuple[str, int | None]] = {
     "latent": ("latent", None),
     "joint": ("joint", None),
+    "joint_norms": ("joint", None),  # with norms in the cache, as conversions make it where they add little
     "contextual1": ("contextual", 1),
     "contextual2": ("contextual", 2),
     "constant_a1": ("constant_a", 1),
@@ -44,7 +45,7 @@ def check_forms(names: list[str]) -> None:
 
 
 def form_spec(name: str, config: Gemma3Config, bits: int) -> LayerSpec:
-    """Returns what layer a name of ``FORMS`` means for a model of these sizes."""
+    """Returns what global layer a name of ``FORMS`` means for a model of these sizes."""
     form, rank = FORMS[name]
     if form == "dense":
         rank = config.head_dim
@@ -52,7 +53,8 @@ def form_spec(name: str, config: Gemma3Config, bits: int) -> LayerSpec:
         rank = config.head_dim // 4
         if form == "joint":
             rank *= 2 * config.num_kv_heads
-    return LayerSpec(form, rank, form, rank, bits)
+    spec = LayerSpec(form, rank, form, rank, bits)
+    return spec.with_norms(config, config.layer_kinds.index("global")) if name == "joint_norms" else spec
 
 
 def rebuild_flops(config: Gemma3Config, spec: LayerSpec) -> int:

@@ -147,7 +147,8 @@ def _ours(settings: DecodeModelSettings, cell: Cell, dense: Gemma3ForCausalLM, d
     model, spec = dense, dense_specs(dense.config)[0]
     if cell.form is not None:
         spec = ratio_spec(dense.config, cell.form, cell.ratio, settings.bits)
-        model = random_student(dense, [spec] * dense.config.num_layers, settings.seed)
+        specs = [spec.with_norms(dense.config, index) for index in range(dense.config.num_layers)]
+        model = random_student(dense, specs, settings.seed)
     details = {"rank": spec.rank_k, "bits": spec.bits_k}
     return Contestant(model, device, lambda batch, context: OurDecoding(model, batch, context, settings), details)
 
@@ -272,7 +273,7 @@ def _dense_model(settings: DecodeModelSettings, device: torch.device) -> Gemma3F
 
 
 def ratio_spec(config: Gemma3Config, form: str, ratio: float, bits: int) -> LayerSpec:
-    """Returns a layer in ``form`` with the largest rank whose cache is at least ``ratio`` times smaller.
+    """Returns a global layer in ``form`` with the largest rank whose cache is at least ``ratio`` times smaller.
 
     Ranks of latents are multiples of 8.
 
@@ -285,7 +286,7 @@ def ratio_spec(config: Gemma3Config, form: str, ratio: float, bits: int) -> Laye
         "contextual": (config.num_kv_heads, 1),
     }[form]  # fmt: skip
     for rank in range(largest, 0, -step):
-        spec = LayerSpec(form, rank, form, rank, bits)
+        spec = LayerSpec(form, rank, form, rank, bits).with_norms(config, config.layer_kinds.index("global"))
         if dense >= ratio * spec.bytes_per_token(config):
             return spec
     raise UserError(f"no {form} layer at {bits} bits is {ratio:g} times smaller; lower bits= or ratios=.")

@@ -26,7 +26,7 @@ from tpa_train.evaluation.metrics import compare_tokens
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.tokenizer import Tokenizer
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, set_parameter
-from tpa_train.tpa.spec import FORMAT_VERSION, TEXT_VERSION, LayerSpec, specs_to_dicts
+from tpa_train.tpa.spec import FORMAT_VERSION, TEXT_VERSION, VISION_VERSION, LayerSpec, specs_to_dicts
 
 FORMAT = "tpa_train"
 TEMPLATE = "chat_template.jinja"
@@ -80,7 +80,7 @@ def export_model(
     adapter = getattr(student.source, "adapter", None)
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if student.config.vision is not None else TEXT_VERSION,
+        "format_version": format_version(student),
         "architecture": student.config.to_dict(),
         "layers": specs_to_dicts(student.specs),
         "source": {
@@ -98,6 +98,13 @@ def export_model(
         write_card(partial, card)
         verify_export(student, partial, exact=dtype != "bfloat16", text=check_ids)
     return out
+
+
+def format_version(student: Gemma3ForMultimodalLMwithTPA) -> int:
+    """Returns the lowest version whose readers load an export of ``student``."""
+    if any(spec.cached_norm for spec in student.specs):
+        return FORMAT_VERSION
+    return VISION_VERSION if student.config.vision is not None else TEXT_VERSION
 
 
 def stored_type(dtype: str) -> torch.dtype | None:

@@ -162,7 +162,7 @@ def layer_choices(
         ranks = {p.rank: kl for p, kl in own.items() if (p.kind, p.form, p.bits) == (kind, form, 16)}
         noise = [kl for p, kl in own.items() if (p.kind, p.form, p.bits) == (kind, form, NOISE_BITS)]
         return latent_choices(
-            config, kind, form, groups, ranks, noise[0] if noise else None, budget.bits, budget.multiple
+            config, kind, form, groups, ranks, noise[0] if noise else None, budget.bits, budget.multiple, layer
         )
 
     parts: dict[str, list[Choice]] = {"k": [], "v": []}

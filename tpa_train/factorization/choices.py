@@ -167,6 +167,7 @@ def latent_choices(
     noise: float | None,
     widths: tuple[int, ...],
     multiple: int,
+    layer: int,
 ) -> list[Choice]:
     """Returns the choices of one part in a latent form, in the order of best KL per byte.
 
@@ -179,6 +180,7 @@ def latent_choices(
         noise: measured KL with every latent rounded to ``NOISE_BITS``.
         widths: that the cache may use.
         multiple: of which ranks are; the last group in use may be partly filled.
+        layer: that the part is of; where joint latents cache norms there, those count.
     """
     found, slopes = [], groups.slopes(ranks, noise)
     for _, kl, bits in groups.path(slopes, widths):
@@ -189,13 +191,13 @@ def latent_choices(
             dropped = slice(rank, full + last)
             lost = groups.energies[dropped].sum() - groups.variances[dropped].sum() * rounding_error(bits[-1])
             expected = kl + slopes[len(bits) - 1] * max(float(lost), 0.0)
-            found.append(_latent_choice(config, kind, form, rank, _simple(bits), expected))
+            found.append(_latent_choice(config, kind, form, rank, _simple(bits), expected, layer))
     return found
 
 
-def _latent_choice(config: Gemma3Config, kind: str, form: str, rank: int, bits: Bits, kl: float) -> Choice:
+def _latent_choice(config: Gemma3Config, kind: str, form: str, rank: int, bits: Bits, kl: float, layer: int) -> Choice:
     values = {f"form_{k}": form for k in kind} | {f"rank_{k}": rank for k in kind} | {f"bits_{k}": bits for k in kind}
-    spec = replace(LayerSpec(rank_k=config.head_dim, rank_v=config.head_dim), **values)
+    spec = replace(LayerSpec(rank_k=config.head_dim, rank_v=config.head_dim), **values).with_norms(config, layer)
     return Choice(_part_bytes(config, kind, spec), kl, spec)
 
 

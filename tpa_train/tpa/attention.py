@@ -51,17 +51,22 @@ class FactorizedAttention(Attention):
         return (*self.keys.write(x, rotary), *self.values.write(x))
 
     def as_cached(self, entries: Entries) -> Entries:
-        return tuple(entry.rounded(t, levels) for entry, t, levels in self._with_levels(entries))
+        rounded = tuple(entry.rounded(t, levels) for entry, t, levels in self._with_levels(entries))
+        return (*rounded, self.keys.inverse_norms(rounded[0])) if self.spec.cached_norm else rounded
 
     def storage(self) -> list[StoredShape]:
         return [shape for entry in self.entries for shape in entry.storage()]
 
     def pack(self, entries: Entries) -> Entries:
+        if self.spec.cached_norm:
+            stored, rounded = self.entries[0].pack_rounded(entries[0], self.levels_0)
+            return (*stored, self.keys.inverse_norms(rounded))
         return tuple(s for entry, t, levels in self._with_levels(entries) for s in entry.pack(t, levels))
 
     def _with_levels(self, entries: Entries) -> Iterator[tuple[Entry, Tensor, Tensor]]:
-        """Yields the layout of every entry, the entry, and its ``Entry.levels`` where the layer is."""
-        for index, (entry, t) in enumerate(zip(self.entries, entries, strict=True)):
+        """Yields of every entry that ``write`` returns its layout, itself, and ``Entry.levels`` where the layer is."""
+        written = self.entries[: len(self.entries) - self.spec.cached_norm]
+        for index, (entry, t) in enumerate(zip(written, entries, strict=True)):
             yield entry, t, getattr(self, f"levels_{index}")
 
     def unpack(self, stored: Entries, dtype: torch.dtype) -> Entries:

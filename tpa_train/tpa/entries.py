@@ -20,6 +20,7 @@ from tpa_train.tpa.quantization import (
     check_bits,
     code_levels,
     decode,
+    dequantize,
     entry_bytes,
     fake_quantize,
     pack_codes,
@@ -105,10 +106,25 @@ class Entry:
 
         ``levels``: as in ``rounded``.
         """
+        return (x,) if self.exact else self._store(x, *self._quantized(x, levels))
+
+    def pack_rounded(self, x: Tensor, levels: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Returns ``pack``'s tensors, and ``x`` as ``unpack`` will give it back, without a gradient."""
         if self.exact:
-            return (x,)
+            return (x,), x
+        codes, scales = self._quantized(x, levels)
+        rounded = dequantize(codes, scales, x.dtype)
+        for start, stop, bits in self.segments:
+            if bits == 16:
+                rounded[..., start:stop] = x[..., start:stop]
+        return self._store(x, codes, scales), rounded
+
+    def _quantized(self, x: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor]:
         # All widths in one pass: a new token's numbers are few, and calls would cost more than they.
-        codes, scales = quantize(x, (self.levels() if levels is None else levels).to(x.device))
+        return quantize(x, (self.levels() if levels is None else levels).to(x.device))
+
+    def _store(self, x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """Returns ``pack``'s tensors from ``quantize``'s."""
         stored: list[Tensor] = []
         for start, stop, bits in self.segments:
             part = slice(start, stop)

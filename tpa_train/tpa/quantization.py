@@ -125,7 +125,12 @@ def quantize(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:
     """Returns the ``count`` numbers [..., n] that ``encode`` stored, in ``dtype``."""
-    codes = unpack_codes(codes, bits, count)
+    return dequantize(unpack_codes(codes, bits, count), scales, dtype)
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers [..., n] of ``quantize``'s codes and scales, in ``dtype``."""
+    count = codes.shape[-1]
     groups = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).to(torch.float32)
     scale, low = scales.float().unbind(-1)
     return groups.mul_(scale[..., None]).add_(low[..., None]).flatten(-2)[..., :count].to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.config import Gemma3Config
@@ -14,8 +14,10 @@ from tpa_train.tpa.entries import Bits, Entry, check_widths, describe_bits
 KEY_VALUE_FORMS = ("dense", "latent", "joint", "contextual", "constant_a", "constant_b", "tucker")
 QUERY_FORMS = ("dense", "contextual", "tucker")
 OUTPUT_FORMS = ("dense", "tucker")
-FORMAT_VERSION = 3  # of exported folders; raised when an older reader could not load a newer folder
-TEXT_VERSION = 2  # of folders without a vision side, which older readers load
+FORMAT_VERSION = 4  # of exported folders; raised when an older reader could not load a newer folder
+VISION_VERSION = 3  # of folders with a vision side in which no joint latent caches norms, which older readers load
+TEXT_VERSION = 2  # of those without a vision side
+NORM_SHARE = 32  # a joint latent caches norms where they add at most this part of its bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class LayerSpec:
     ``shared_features``: whether all Tucker parts of the layer share one U_feat (their ranks are then equal).
     ``rank_o``: r₂ of a Tucker output projection of dense values; of Tucker values it is ``rank_v``.
     ``bits``: widths of the cached numbers (``tpa.entries.Bits``); ``bits_v`` are ``bits_k`` where left out.
+    ``cached_norm``: whether a joint latent has 1/rms of every KV head's key cached beside it, G numbers of 16 bits.
+    Otherwise its keys have to be rebuilt for their norms.
     """
 
     form_k: str = "dense"
@@ -44,6 +48,7 @@ class LayerSpec:
     hidden: int = 0
     shared_features: bool = False
     rank_o: int = 0
+    cached_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bits_k", "bits_v"):
@@ -63,6 +68,8 @@ class LayerSpec:
         joint = "joint" in (self.form_k, self.form_v)
         if joint and (self.form_k, self.rank_k) != (self.form_v, self.rank_v):
             raise UserError("a joint latent serves keys and values at once: both need the form 'joint' and one rank.")
+        if self.cached_norm and not joint:
+            raise UserError("cached_norm is of joint latents; all other forms' norms have their place already.")
 
     @property
     def converted(self) -> bool:
@@ -74,11 +81,13 @@ class LayerSpec:
         parts = [("K", self.form_k, self.rank_k, self.bits_k), ("V", self.form_v, self.rank_v, self.bits_v)]
         if self.form_q != "dense":
             parts.insert(0, ("Q", self.form_q, self.rank_q, 16))
-        return "   ".join(f"{name} {form} {rank} @ {describe_bits(bits)}" for name, form, rank, bits in parts)
+        text = "   ".join(f"{name} {form} {rank} @ {describe_bits(bits)}" for name, form, rank, bits in parts)
+        return text + "   cached norms" * self.cached_norm
 
     def key_entries(self, config: Gemma3Config) -> list[Entry]:
         """Returns what keys cache a token. Per-token coefficients and norms (few, and sensitive) stay at 16 bits."""
-        return _entries(config, self.form_k, self.rank_k, self.heads_k, self.bits_k, keys=True)
+        found = _entries(config, self.form_k, self.rank_k, self.heads_k, self.bits_k, keys=True)
+        return [*found, Entry(1, config.num_kv_heads)] if self.cached_norm else found
 
     def value_entries(self, config: Gemma3Config) -> list[Entry]:
         """Returns what values cache a token; nothing for a joint latent, which the keys cache."""
@@ -87,6 +96,18 @@ class LayerSpec:
     def bytes_per_token(self, config: Gemma3Config) -> int:
         """Returns the bytes that one token caches in this layer, in a 16-bit cache."""
         return sum(entry.nbytes for entry in self.key_entries(config) + self.value_entries(config))
+
+    def with_norms(self, config: Gemma3Config, layer: int) -> LayerSpec:
+        """Returns what to make of this specification in ``layer``: with norms cached where that pays.
+
+        It does for a joint latent in a global layer, where U then goes into the queries instead of the keys
+        (``decode.turning``), if norms add at most 1/``NORM_SHARE`` of its bytes.
+        """
+        plain = replace(self, cached_norm=False)
+        if self.form_k != "joint" or not config.is_global(layer):
+            return plain
+        norms = Entry(1, config.num_kv_heads).nbytes
+        return replace(self, cached_norm=NORM_SHARE * norms <= plain.bytes_per_token(config))
 
 
 def _entries(config: Gemma3Config, form: str, rank: int, heads: int, bits: Bits, keys: bool) -> list[Entry]:
@@ -124,4 +145,9 @@ def cache_bytes(config: Gemma3Config, specs: list[LayerSpec], context: int) -> i
 
 
 def specs_to_dicts(specs: list[LayerSpec]) -> list[dict]:
-    return [dataclasses.asdict(spec) for spec in specs]
+    """Returns specifications as JSON has them; what older versions do not know is left out where it says nothing."""
+    found = [dataclasses.asdict(spec) for spec in specs]
+    for values in found:
+        if not values["cached_norm"]:
+            del values["cached_norm"]
+    return found

@@ -184,7 +184,12 @@ class Gemma3TPAAttention(Gemma3Attention):
                 inverse = inverse_rms(torch.einsum("blgr,gdr->blgd", c, up), self.eps)
                 entries = [c * inverse - part.center.float()]
             case "joint":
-                entries = [(F.linear(x, part.down) - part.center)[:, :, None]]
+                entries = [(F.linear(x, part.down) - part.center)[:, :, None].to(x.dtype)]
+                if len(self.key_layout) > 1:  # 1/rms of the keys that the cache gives back
+                    layout = self.key_layout[:1]
+                    latent = from_bytes(to_bytes(entries, layout), layout, x.dtype)[0].float() + part.center.float()
+                    keys = torch.einsum("bsr,gdr->bsgd", latent[:, :, 0], part.up.float())
+                    entries.append(inverse_rms(keys, self.eps).mT)
             case "contextual" | "constant_a":
                 a, b = self.outer_factors(part, x)
                 outer = "blrg,blrd->blgd" if a.dim() == 4 else "rg,blrd->blgd"
@@ -218,7 +223,7 @@ class Gemma3TPAAttention(Gemma3Attention):
                 keys = torch.einsum("bsgr,gdr->bsgd", entry + part.center.to(entry.dtype), up)
             case "joint":
                 keys = torch.einsum("bsr,gdr->bsgd", (entry + part.center.to(entry.dtype))[:, :, 0], part.up)
-                keys = keys * inverse_rms(keys, self.eps)
+                keys = keys * (inverse_rms(keys, self.eps) if len(entries) == 1 else entries[1].float().mT)
             case "tucker":
                 latent = entry + part.center.to(entry.dtype)
                 latent = self.mix(part, latent) * entries[1].mT if self.mixes(part) else latent

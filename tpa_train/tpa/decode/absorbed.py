@@ -21,6 +21,8 @@ from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, 
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
 
+WIDE = tl.constexpr(192)  # numbers of a latent
+
 
 @triton.jit
 def _lay_out(
@@ -100,11 +102,11 @@ def lay_out_queries(
 @triton.jit(do_not_specialize=("spans",))
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
-    R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr,
+    R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈N · J / BM⌉, H / HEADS, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), HEADS · R], since all heads
-    take the same left side.
+    """Grid (⌈N · J / BM⌉, H / HEADS · BLOCKS, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), HEADS · R], since
+    all heads take the same left side; or, of a head with a wide latent, BN of its numbers in each of some BLOCKS.
 
     Args (in memory):
         both, along: of ``lay_out_queries``; ``along`` is not read where keys are CENTERED.
@@ -114,11 +116,12 @@ def absorb(
     """
     if tl.program_id(0) * BM // J * S >= tl.load(lengths + tl.program_id(2)):
         return
-    first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * HEADS
+    block = tl.program_id(1) % BLOCKS
+    first = (tl.program_id(2) * (tl.num_programs(1) // BLOCKS) + tl.program_id(1) // BLOCKS) * HEADS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     kept = row < spans * J
     n, k, member = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, 16)
-    place, r = first + n // (BN // HEADS), n % (BN // HEADS)
+    place, r = first + n // (BN // HEADS), block * BN + n % (BN // HEADS)
     narrower = (r < R)[None, :]
     at_turns = turns + tl.where(kept, row, 0)[:, None] * (2 * HB) + k[None, :]
     at_both = both + (place.to(tl.int64) * (2 * HB * R) + r)[None, :] + k[:, None] * R
@@ -180,6 +183,7 @@ def attend_absorbed(
     owner = member // (RH // JOINED)  # of the joined KV heads
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
+    JOINT: tl.constexpr = KEY_PIECES[0] == VALUE_PIECES[0]
     ups = ()
     if FAST > 0:
         # Both numbers of a pair lie side by side, and so in one thread.
@@ -252,8 +256,10 @@ def attend_absorbed(
             s *= factor[:, None]
         p, m, alpha = exponentials(s * scale, valid, m)
         totals = totals * alpha[None, :] + p
+        # Wide joint latents are read twice, as in ``rebuilt``: kept for the values, they would fill the registers.
+        again = sequence + tl.multiple_of((tile - begin) % T, 16) if JOINT and R > WIDE else sequence
         accs = add_values(
-            accs, _spread(p, BH), tl.reshape(_spread(alpha[None, :], BH), (BH,)), stored, sequence, slot, valid,
+            accs, _spread(p, BH), tl.reshape(_spread(alpha[None, :], BH), (BH,)), stored, again, slot, valid,
             row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, DTYPE,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from tpa_train.tpa.entries import Entry
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
+MADE_AT_ONCE = 256  # numbers of a latent that one program makes vectors of: their sums fill its registers
 LARGEST_OFFSET = 2**31 - 1  # numbers of one sequence in one buffer: offsets in it are 32-bit
 
 
@@ -229,6 +230,7 @@ def _absorb(
         if rows * heads * batch < 4 * each * _processors(queries.device):
             break
         each *= 2
+    parts = triton.cdiv(across, MADE_AT_ONCE)  # of a wide latent, each in a program of its own
     blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
     launches = [
         Launch(
@@ -240,10 +242,10 @@ def _absorb(
             },
         ),
         Launch(
-            absorbed.absorb, (rows, heads // each, batch),
+            absorbed.absorb, (rows, heads // each * parts, batch),
             (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
             {
-                "HEADS": each, "BM": 128, "BN": each * across, "BK": min(64, rest & -rest),
+                "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": each * across // parts, "BK": min(64, rest & -rest),
                 "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
             },
         ),

@@ -4,7 +4,8 @@ It serves latent and joint keys, of constant B too, and dense ones, with values 
 float32 and bfloat16. Latent values are summed before they are expanded, which costs H·r operations a token in place of
 G·d·r. Keys cost G·d·r, more than everything else together. Where the CPU multiplies bfloat16 in tiles (AMX), they are
 products of numbers split in two, whose error is between float32's and 2^-17. Where the weights are bfloat16, or
-``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves.
+``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves. Keys of joint latents are
+normalised as they are rebuilt, whether or not their norms are cached: those are the same, but rounded.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def attend_native(
     """Attends as ``decode.attend_cached`` says: [B, H, d] -> [B, H, e]; None, and nothing done, where it cannot.
 
     It cannot where there is no compiler, where gradients are wanted, or for other forms and types. ``news``: the newest
-    token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it.
+    token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it. Cached norms have to be.
     """
     if not plain(queries):
         return None

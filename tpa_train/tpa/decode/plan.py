@@ -21,6 +21,7 @@ OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel.weighted``
 UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
+WIDEST = 1024  # numbers of a latent that U can be absorbed for: sums of wider values do not fit in a program
 
 
 def power_of_two(n: int) -> int:
@@ -134,7 +135,8 @@ class Plan:
             if _recorded(device):
                 return None
             found = None
-            if self.kind == "global" and self.gamma is None:  # norms of keys need keys
+            # Norms that are not cached need keys.
+            if self.kind == "global" and self.gamma is None and self.up.shape[-1] <= WIDEST:
                 found = _turning(self.config, tokens, self.heads, self.up.shape[-1], self.dtype, always, fast)
             if found is not None:
                 pad = self.relative.shape[-1] - found.bends.shape[-1]
@@ -265,7 +267,7 @@ def _rebuild(plan: Plan, attention: Attention, form: str, dtype: torch.dtype, de
     center = keys.center.detach().float()
     if form == "tucker" and keys.mixes_when_read:
         center = keys.heads.detach().float() @ center
-    if form == "joint":
+    if form == "joint" and plan.norm < 0:
         plan.gamma = F.pad(weight.unflatten(0, (2, -1)), (0, pad)).contiguous()
     else:
         up = weight[:, None] * up

@@ -20,6 +20,8 @@ from tpa_train.tpa.decode.turning import MOST
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
+JOINT = 64  # as ``TWO``, of joint latents
+WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
 FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
@@ -46,9 +48,12 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
                 narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
                 if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
                     return Tiles(programs=4, joined=2, registers=128)
-                return Tiles(programs=4)
+                return Tiles(programs=4, stages=2 if plan.up.shape[-1] <= WIDE else 1)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
             rebuilt = 2 * found.fast * plan.up.shape[-1] * dtype.itemsize
+            if plan.expand is not None:  # a joint latent is loaded once, and takes more vectors for its bytes
+                ahead = tiles.stages * tiles.tokens * token // 2
+                return tiles if ahead + rebuilt <= JOINT << 10 else Tiles(stages=1)
             if exact and 3 * tiles.tokens * token + rebuilt <= THREE << 10:
                 return Tiles(stages=3, programs=3, registers=168)
             return tiles if tiles.stages * tiles.tokens * token + rebuilt <= TWO << 10 else Tiles(stages=1)
@@ -85,10 +90,11 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
                 found += [Tiles(64, 4, 2, programs=3, registers=168, fast=fast) for fast in (32, 64)]
                 found += [Tiles(64, 4, stages, fast=fast) for stages in (1, 2, 3) for fast in (32, 64)]
                 found += [Tiles(64, 4, 2, programs=4, registers=128), Tiles(32, 2, 2, programs=4)]
-                found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128)]
+                found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128), Tiles(64, 4, 1, largest=64)]
             else:
                 found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
                 found += [Tiles(64, 4, 2, programs=programs) for programs in (4, 6, 8)]
+                found += [Tiles(64, 4, 1, programs=programs) for programs in (2, 4)]
                 found += [Tiles(32, 1, 3, programs=8), Tiles(64, 2, 2, programs=6), Tiles(128, 8, 2, programs=3)]
                 if plan.joins(2):
                     shapes = ((64, 4, 2, 3, None), (64, 4, 3, 3, 168), (128, 8, 2, 2, 128), (128, 4, 2, 3, 168))
@@ -104,7 +110,8 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
 def key_of(plan: Plan, batch: int, slots: int, heads: int, dtype: torch.dtype, device: torch.device) -> tuple:
     """Returns what tiles are chosen by: the form, the shapes, and the context to a power of two."""
     sides = tuple((rows.entry, rows.mode) for rows in (plan.keys, plan.values))
-    return (sides, plan.rebuilt, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
+    kind = (plan.rebuilt, plan.norm >= 0)
+    return (sides, kind, heads, batch, power_of_two(slots), dtype, torch.cuda.get_device_name(device))
 
 
 def chosen(

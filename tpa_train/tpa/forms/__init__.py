@@ -4,7 +4,8 @@ A form is built for one layer and one of Q, K, V; they are chosen separately. Th
 
 * keys: ``write(x, rotary)`` returns the tensors that the tokens ``x`` [B, L, D] cache, each [B, L, rows, count] as
   ``LayerSpec.key_entries`` says; ``read(entries, rotary)`` returns keys [B, S, G, d], normalised and rotated. QK-norm
-  and RoPE are part of one of the two, so both stay exact. ``norm`` is the original's QK-norm.
+  and RoPE are part of one of the two, so both stay exact. ``norm`` is the original's QK-norm. The cached norms of a
+  joint latent depend on how that is rounded: ``write`` does not return them, and ``inverse_norms`` adds them later.
 * values: ``write(x)``, ``read(entries, key_entries)`` to [B, S, G, e] with e as the form likes, and ``output(heads)``
   from attention's [B, L, H, e] to [B, L, D]: the projection belongs to the form, because latent values are never
   expanded. Where ``out`` is the original's own W_O, ``keeps_output`` is true.

@@ -5,7 +5,9 @@ so the cache holds ĉ = c/rms and nothing else: G·r numbers. Every latent is ca
 group of numbers around zero spans less, so a quantized cache rounds it less, at no cost in bytes.
 
 Joint latent (DESIGN §3, the shape of MLA, arXiv:2405.04434, eq. 9-11): one latent c = A x for keys and values of all
-heads. It is cached as it is, since values need it without the keys' norm: keys divide by their rms when rebuilt.
+heads. It is cached as it is, since values need it without the keys' norm: keys divide by their rms when rebuilt, or are
+multiplied by 1/rms that is cached beside it (r + G numbers). That is computed from the latent as the cache gives it
+back, so that keys from rounded latents have the norm that QK-norm wants, but for the rounding of 1/rms to 16 bits.
 """
 
 from __future__ import annotations
@@ -144,12 +146,26 @@ class JointKeys(nn.Module):
         c = self.down(x)
         return ((c - self.center).to(c.dtype)[..., None, :],)
 
+    def inverse_norms(self, latent: Tensor) -> Tensor:
+        """Returns 1/rms(K[g]) [B, L, 1, G] of latents [B, L, 1, r], less the center, as they are once cached."""
+        dtype = accumulation_dtype(latent.dtype)
+        with torch.autocast(latent.device.type, enabled=False):  # a norm in bf16 would cost the keys three digits
+            wide = latent[..., 0, :].to(dtype) + self.center.to(dtype)
+            square = torch.einsum("blr,gdr->blgd", wide, self.up.to(dtype)).square().mean(-1)
+            inverse = torch.rsqrt(square + self.norm.eps)
+        return inverse.to(latent.dtype)[..., None, :]
+
     def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
-        """Returns RoPE(norm(U c)), [B, S, G, d]."""
+        """Returns RoPE(norm(U c)), [B, S, G, d]; 1/rms is the second of ``entries``, if there is one."""
         latent = entries[0][..., 0, :]
         latent = (latent + self.center).to(latent.dtype)
         keys = torch.einsum("bsr,gdr->bsgd", latent, self.up.to(latent.dtype))
-        return apply_rotary(self.norm(keys), rotary).to(latent.dtype)
+        if len(entries) == 1:
+            keys = self.norm(keys)
+        else:
+            wide = accumulation_dtype(keys.dtype)
+            keys = keys.to(wide) * entries[1].to(wide).mT * (1.0 + self.norm.weight.to(wide))
+        return apply_rotary(keys, rotary).to(latent.dtype)
 
 
 class JointValues(BiasedOutput):
