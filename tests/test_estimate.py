@@ -133,13 +133,16 @@ def test_a_smaller_batch_is_computed_and_fits(large, monkeypatch):
 
 def test_compiled_passes_keep_less_on_a_gpu(tiny):
     kept = []
-    for compiled in ("false", "true"):
-        estimator = estimator_of(settings_of(tiny, f"trainer.compile={compiled}"))
+    # Of 128 tokens a step; a stage of fewer than 500 steps is not compiled.
+    for compiled, steps in (("false", 500), ("true", 500), ("true", 499)):
+        options = f"trainer.compile={compiled}", f"recipe.distill.tokens={128 * steps}"
+        estimator = estimator_of(settings_of(tiny, *options))
         (on_cpu,) = estimator.stages(estimator.settings, only="distill")
         estimator.on_cpu = False
         (stage,) = estimator.stages(estimator.settings, only="distill")
+        assert stage.steps == steps
         kept.append((on_cpu.activations, stage.activations, stage.weights + stage.optimizer + stage.logits))
-    assert kept[0][0] == kept[1][0] and kept[0][2] == kept[1][2]
+    assert kept[0][0] == kept[1][0] and kept[0][2] == kept[1][2] and kept[0] == kept[2]
     assert kept[1][1] == pytest.approx(COMPILED * kept[0][1], rel=1e-3)
 
 

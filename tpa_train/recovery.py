@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tpa_train.compilation import stage_forwards
+from tpa_train.compilation import stage_forwards, worth_compiling
 from tpa_train.distillation.divergence import Divergence
 from tpa_train.distillation.end_to_end import EndToEndModule
 from tpa_train.distillation.layerwise import LayerwiseModule, layer_errors
@@ -87,10 +88,11 @@ def recover(
             check_readable(checkpoint)
 
         def work() -> None:
-            data = session.settings.data
-            # Where documents begin is a tensor of several sizes, and images come in any number.
-            alike = data.join_documents and data.kind not in ("chat", "image_text")
-            with stage_forwards(module, session.settings.trainer, sharded, session.machine.device, alike):
+            # Where documents begin is a tensor of one of a few sizes (``document_offsets``); images come in any number.
+            alike = session.settings.data.kind != "image_text"
+            options = session.settings.trainer
+            options = replace(options, compile=worth_compiling(options, session.steps(stage)))
+            with stage_forwards(module, options, sharded, session.machine.device, alike):
                 trainer.fit(module, datamodule=session.data, ckpt_path=checkpoint, weights_only=True)
 
         _, seconds, peak = timed(session.machine, work)

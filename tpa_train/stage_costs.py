@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpa_train.checkpoints.weights import parameter_shapes
+from tpa_train.compilation import worth_compiling
 from tpa_train.distillation.layerwise import LayerwiseModule
 from tpa_train.distillation.teacher_cache import SHARD_BYTES
 from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_probes
@@ -210,7 +211,8 @@ class StageCosts:
             t.activation_checkpointing,
         )  # fmt: skip
         trace, steps = models.training(make, step), steps_of(self.settings, name)
-        if name == "distill" and t.compile and not (self.on_cpu or step.sharded or t.activation_checkpointing):
+        plain = self.on_cpu or step.sharded or t.activation_checkpointing
+        if name == "distill" and worth_compiling(t, steps) and not plain:
             trace = replace(trace, peak=trace.peak - round(trace.activations * (1 - COMPILED)))
         batches = steps * t.accumulate
         tokens = batches * self.devices * t.batch_size * t.context

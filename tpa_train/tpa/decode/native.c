@@ -10,17 +10,8 @@
    Padding: numbers of an entry and columns of a key are padded to multiples of 32 with zeros in U and in queries, so
    that what the padding of an entry holds (finite numbers) does not count. */
 
-#include "native_numbers.h"
+#include "native_products.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
-#define TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#define TILES 0
-#endif
-
-#define TILE 32 /* tokens; two AMX tiles */
 #define LOWEST -3.0e38f
 
 /* Mirrored field by field in native.py. */
@@ -50,88 +41,6 @@ typedef struct {
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 /* ---- Keys ---- */
-
-#if TILES
-/* Splits one token's latents, the t-th of tiles [steps, parts, 2, 16 tokens, 16 pairs] of bfloat16. Numbers i and
-   i + 16 of a step are a pair, so that a shift joins them. Rounding adds half of the last bit that stays. */
-static void split(const float *latents, int t, int steps, int parts, uint16_t *tiles) {
-    uint16_t *to = tiles + t / 16 * 512 + t % 16 * 32;
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
-    for (int k = 0; k < steps; k++, latents += 32, to += parts * 1024) {
-        const __m512i a = _mm512_loadu_si512(latents), b = _mm512_loadu_si512(latents + 16);
-        const __m512i first = _mm512_and_si512(_mm512_add_epi32(a, half), upper);
-        const __m512i second = _mm512_and_si512(_mm512_add_epi32(b, half), upper);
-        _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(first, 16), second));
-        if (parts == 1) continue;
-        const __m512i x = _mm512_add_epi32((__m512i)((__m512)a - (__m512)first), half);
-        const __m512i y = _mm512_add_epi32((__m512i)((__m512)b - (__m512)second), half);
-        _mm512_store_si512(to + 1024, _mm512_or_si512(_mm512_srli_epi32(x, 16), _mm512_and_si512(y, upper)));
-    }
-}
-
-#define MULTIPLY_FOUR() \
-    do { \
-        _tile_dpbf16ps(0, 4, 6); \
-        _tile_dpbf16ps(1, 4, 7); \
-        _tile_dpbf16ps(2, 5, 6); \
-        _tile_dpbf16ps(3, 5, 7); \
-    } while (0)
-
-/* keys [TILE, padded] of latents in tiles and of U in tiles [padded/32, steps, parts, 2, 16 pairs, 16 columns, 2]. */
-static void multiply_tiles(const uint16_t *latents, const uint16_t *up, int steps, int parts, int padded, float *keys) {
-    __asm__ volatile("" ::: "memory"); /* compilers do not know that a tile's load reads memory */
-    for (int c = 0; c < padded; c += 32) {
-        const uint16_t *a = latents, *b = up + (int64_t)c / 32 * steps * parts * 1024;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int k = 0; k < steps; k++, a += parts * 1024, b += parts * 1024) {
-            _tile_loadd(6, b, 64);
-            _tile_loadd(7, b + 512, 64);
-            if (parts > 1) { /* what is left of the latents first: then eight loads serve twelve products */
-                _tile_loadd(4, a + 1024, 64);
-                _tile_loadd(5, a + 1536, 64);
-                MULTIPLY_FOUR();
-            }
-            _tile_loadd(4, a, 64);
-            _tile_loadd(5, a + 512, 64);
-            MULTIPLY_FOUR();
-            if (parts > 1) {
-                _tile_loadd(6, b + 1024, 64);
-                _tile_loadd(7, b + 1536, 64);
-                MULTIPLY_FOUR();
-            }
-        }
-        _tile_stored(0, keys + c, 4 * padded);
-        _tile_stored(1, keys + c + 16, 4 * padded);
-        _tile_stored(2, keys + 16 * padded + c, 4 * padded);
-        _tile_stored(3, keys + 16 * padded + c + 16, 4 * padded);
-    }
-    __asm__ volatile("" ::: "memory");
-}
-#endif
-
-#ifdef __AVX512F__
-enum { TOKENS = 8, VECTORS = 2 }; /* of a register block */
-#else
-enum { TOKENS = 4, VECTORS = 1 };
-#endif
-
-/* keys [TILE, padded] = latents [TILE, stride] times U [count, padded], in float32 vectors. */
-static void multiply_vectors(const float *latents, int stride, const float *up, int count, int padded, float *keys) {
-    for (int c = 0; c < padded; c += VECTORS * LANES)
-        for (int t = 0; t < TILE; t += TOKENS) {
-            vec sum[TOKENS][VECTORS] = {{{0}}};
-            for (int k = 0; k < count; k++)
-                for (int j = 0; j < VECTORS; j++) {
-                    const vec u = load(up + (int64_t)k * padded + c + j * LANES);
-                    for (int i = 0; i < TOKENS; i++) sum[i][j] += latents[(t + i) * stride + k] * u;
-                }
-            for (int i = 0; i < TOKENS; i++)
-                for (int j = 0; j < VECTORS; j++) store(keys + (t + i) * padded + c + j * LANES, sum[i][j]);
-        }
-}
 
 /* Adds the bias to one key and rotates it, in place; returns what its scores are to be multiplied with, for its norm.
    Columns are two halves of padded/2. */
@@ -181,20 +90,21 @@ static void score(const float *q, int heads, int padded, const float *keys, int 
 
 /* ---- Values ---- */
 
-/* sums [heads, padded] = sums · keep [heads] + weights [heads, TILE] times values [TILE, stride]; `heads` a constant. */
+/* sums [heads, padded] = sums · keep [heads] + weights [heads, TILE] times values [TILE, stride]; `heads`: constant. */
 INLINE void add_heads(
     const float *w, const float *keep, const float *v, int stride, int padded, float *sums, const int heads
 ) {
-    for (int c = 0; c < padded; c += 2 * LANES) {
-        vec sum[4][2];
+    const int width = sizeof(block_vec) / 4;
+    for (int c = 0; c < padded; c += 2 * width) {
+        block_vec sum[4][2];
         for (int h = 0; h < heads; h++)
-            for (int j = 0; j < 2; j++) sum[h][j] = load(sums + h * padded + c + j * LANES) * keep[h];
+            for (int j = 0; j < 2; j++) sum[h][j] = *(const block_vec *)(sums + h * padded + c + j * width) * keep[h];
         for (int t = 0; t < TILE; t++) {
-            const vec a = load(v + t * stride + c), b = load(v + t * stride + c + LANES);
-            for (int h = 0; h < heads; h++) sum[h][0] += a * w[h * TILE + t], sum[h][1] += b * w[h * TILE + t];
+            const block_vec *x = (const block_vec *)(v + t * stride + c);
+            for (int h = 0; h < heads; h++) sum[h][0] += x[0] * w[h * TILE + t], sum[h][1] += x[1] * w[h * TILE + t];
         }
         for (int h = 0; h < heads; h++)
-            for (int j = 0; j < 2; j++) store(sums + h * padded + c + j * LANES, sum[h][j]);
+            for (int j = 0; j < 2; j++) *(block_vec *)(sums + h * padded + c + j * width) = sum[h][j];
     }
 }
 
@@ -238,7 +148,6 @@ static float soften(float *scores, float *top, float *sum) {
 
 INLINE const Entry *values_of(const Job *j) { return j->joint ? &j->keys : &j->values; }
 INLINE int64_t tokens_of(const Job *j, int64_t b) { return j->lengths[b] < j->slots ? j->lengths[b] : j->slots; }
-INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 INLINE int64_t partial_size(const Job *j) { return (int64_t)j->heads * values_of(j)->padded + aligned(2 * j->heads); }
 
 typedef struct {
@@ -252,7 +161,8 @@ static int64_t lay_out(const Job *j, char *base, Scratch *s) {
     const int64_t entry = aligned(4 * (int64_t)j->keys.rows * TILE * stride_of(&j->keys));
     s->keys = (float *)(base + at), at += aligned(4 * (int64_t)TILE * j->padded);
     s->scores = (float *)(base + at), at += aligned(4 * (int64_t)j->heads * (TILE + 1));
-    s->tiles = (uint16_t *)(base + at), at += j->products ? 4 * (int64_t)TILE * j->keys.padded * j->keys.rows : 0;
+    s->tiles = (uint16_t *)(base + at);
+    at += j->products ? 2 * (int64_t)STEP(2) * j->keys.padded / 32 * j->keys.rows : 0;
     s->latents = (float *)(base + at), at += entry;
     s->values = j->joint ? s->latents : (float *)(base + at);
     if (!j->joint) at += aligned(4 * (int64_t)j->values.rows * TILE * stride_of(&j->values));
@@ -267,7 +177,7 @@ static void read_tile(const Job *j, const Scratch *s, int64_t row, int64_t first
             unpack(&j->keys, row, first + t, r, latents);
 #if TILES
             const int parts = j->products > 1 ? 2 : 1, steps = j->keys.padded / 32;
-            if (j->products) split(latents, t, steps, parts, s->tiles + (int64_t)r * steps * parts * 1024);
+            if (j->products) split(latents, t, steps, parts, s->tiles + (int64_t)r * steps * STEP(parts));
 #endif
         }
     for (int r = 0; r < j->values.rows; r++)
@@ -290,8 +200,12 @@ static void score_tile(const Job *j, const Scratch *s, int64_t b, int64_t positi
 #if TILES
         if (j->products) {
             const int parts = j->products > 1 ? 2 : 1, steps = j->keys.padded / 32;
-            const uint16_t *tiles = s->tiles + (int64_t)r * steps * parts * 1024;
-            multiply_tiles(tiles, (const uint16_t *)j->up + g * size * parts, steps, parts, j->padded, s->keys);
+            const uint16_t *tiles = s->tiles + (int64_t)r * steps * STEP(parts);
+            const uint16_t *up = (const uint16_t *)j->up + g * size * parts;
+            const int64_t first = position * (j->dim / 2), bytes = g ? 0 : (int64_t)n * (j->dim / 2) * 4;
+            multiply_tiles(
+                tiles, up, steps, parts, j->padded, s->keys, j->cosine + first, j->sine + first, bytes
+            );
         } else
 #endif
             multiply_vectors(latents, stride, (const float *)j->up + g * size, j->keys.count, j->padded, s->keys);

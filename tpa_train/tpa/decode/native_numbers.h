@@ -19,7 +19,7 @@
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
 
-/* Both structs are mirrored field by field in native.py. Strides are in bytes; kinds: 0 float32, 1 bfloat16, 2 float16. */
+/* Both are mirrored field by field in native.py. Strides are in bytes; kinds: 0 float32, 1 bfloat16, 2 float16. */
 typedef struct {
     char *codes, *scales; /* scales: of rounded segments */
     int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
@@ -72,41 +72,32 @@ INLINE float total(vec v) {
 
 /* ---- Unpacking ---- */
 
-/* Writes the codes in `size` bytes, of a little-endian stream of `bits`-bit numbers. */
-INLINE void spread(const uint8_t *p, int size, const int bits, uint8_t *codes) {
-    for (int i = 0; i < size * 8 / bits; i++) {
-        const int byte = i * bits / 8, next = 8 % bits && byte + 1 < size ? p[byte + 1] : 0;
-        codes[i] = (p[byte] | next << 8) >> i * bits % 8 & ((1 << bits) - 1);
-    }
-}
-
-/* Numbers of a full group: scale · code + low. */
+/* Numbers of a full group: scale · code + low. Codes are a little-endian stream of `bits`-bit numbers, up to 8 bits. */
 INLINE void decode(const uint8_t *p, const int bits, float scale, float low, float *out) {
-#ifdef __AVX512F__ /* compilers take bytes apart one by one */
-    if (8 % bits == 0) {
-        __m128i first, second;
-        const __m128i mask = _mm_set1_epi8((1 << bits) - 1);
-        if (bits == 8) {
-            first = _mm_loadu_si128((const __m128i *)p), second = _mm_loadu_si128((const __m128i *)(p + 16));
-        } else if (bits == 4) {
-            const __m128i b = _mm_loadu_si128((const __m128i *)p);
-            const __m128i even = _mm_and_si128(b, mask), odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask);
-            first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
-        } else {
-            const __m128i b = _mm_loadl_epi64((const __m128i *)p);
-            __m128i code[4];
-            for (int i = 0; i < 4; i++) code[i] = _mm_and_si128(_mm_srli_epi16(b, 2 * i), mask);
-            const __m128i a = _mm_unpacklo_epi8(code[0], code[1]), c = _mm_unpacklo_epi8(code[2], code[3]);
-            first = _mm_unpacklo_epi16(a, c), second = _mm_unpackhi_epi16(a, c);
-        }
-        store(out, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(first)) * scale + low);
-        store(out + LANES, (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(second)) * scale + low);
-        return;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m512i first, second;
+    if (bits == 8) {
+        first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+        second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
+    } else { /* every number gets the two 16-bit words from the one on that it starts in */
+        int32_t words[LANES], shifts[LANES];
+        for (int i = 0; i < LANES; i++) words[i] = i * bits / 16 * 0x10001 + 0x10000, shifts[i] = i * bits % 16;
+        const __m512i from = _mm512_loadu_si512(words), by = _mm512_loadu_si512(shifts);
+        const __m512i all = _mm512_castsi256_si512(_mm256_maskz_loadu_epi32((1 << bits) - 1, p));
+        const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), half = _mm512_set1_epi16(bits);
+        first = _mm512_permutexvar_epi16(from, all), second = _mm512_permutexvar_epi16(from + half, all);
+        first = _mm512_and_si512(_mm512_srlv_epi32(first, by), mask);
+        second = _mm512_and_si512(_mm512_srlv_epi32(second, by), mask);
+    }
+    store(out, (vec)_mm512_cvtepi32_ps(first) * scale + low);
+    store(out + LANES, (vec)_mm512_cvtepi32_ps(second) * scale + low);
+#else
+    for (int i = 0; i < GROUP; i += 8, p += bits) { /* eight numbers fill whole bytes */
+        uint64_t w = 0;
+        for (int k = 0; k < bits; k++) w |= (uint64_t)p[k] << 8 * k;
+        for (int k = 0; k < 8; k++) out[i + k] = (int)(w >> k * bits & ((1 << bits) - 1)) * scale + low;
     }
 #endif
-    uint8_t codes[GROUP];
-    spread(p, GROUP / 8 * bits, bits, codes);
-    for (int i = 0; i < GROUP; i++) out[i] = codes[i] * scale + low;
 }
 
 /* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
