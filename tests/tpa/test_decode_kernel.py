@@ -26,15 +26,19 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and not in Triton's interpreter (conftest.py)", allow_module_level=True)
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 from tpa_train.tpa.decode import launch  # noqa: E402
 from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
-from tpa_train.tpa.decode.plan import pieces, plan_of  # noqa: E402
+from tpa_train.tpa.decode.plan import order, pieces, plan_of  # noqa: E402
 from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
 from tpa_train.tpa.decode.tuning import FEW, default_tiles  # noqa: E402
 from tpa_train.tpa.decode.turning import turning  # noqa: E402
+from tpa_train.tpa.decode.unpacking import load_piece  # noqa: E402
+from tpa_train.tpa.decode.unpacking import order as order_of_columns  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
 DEVICE = "cuda" if CUDA else "cpu"
@@ -300,6 +304,31 @@ def test_pieces_cover_an_entry_once(count, bits, largest):
     assert columns == list(range(count))
 
 
+@triton.jit
+def _unpack(out, at, stored, tokens, T: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    slot = tl.arange(0, T)
+    for start in tl.static_range(0, COUNT, BLOCK):
+        x = load_piece(stored, 0, slot, slot < tokens, 1, 2, 0, BITS, COUNT, start, BLOCK)
+        n = start + order_of_columns(BITS, BLOCK)
+        keep = (slot < tokens)[:, None] & (n < COUNT)[None, :]
+        tl.store(out + slot[:, None] * COUNT + n[None, :], x, mask=keep)
+    tl.store(at + tl.arange(0, BLOCK), order_of_columns(BITS, BLOCK))
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+@pytest.mark.parametrize("count", [96, 70, 40])  # rows that are words, bytes, and words up to some group's middle
+def test_packed_numbers_are_what_the_cache_stores(bits, count):
+    entry = Entry(2, count, bits)
+    x = torch.randn(5, 2, count, generator=torch.Generator().manual_seed(bits)) * 3 + 1
+    stored = entry.pack(x)
+    out, at = torch.zeros(5, count, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    words = tuple(launch._words(t[None].to(DEVICE).contiguous()) for t in stored)
+    assert words[0].dtype == (torch.uint8 if count * bits % 32 else torch.int32)
+    _unpack[(1,)](out, at, words, 5, T=16, BITS=bits, COUNT=count, BLOCK=64)
+    torch.testing.assert_close(out.cpu(), entry.unpack(stored, F32)[:, 1], rtol=0, atol=4e-6)
+    assert torch.equal(at.cpu().long(), order(64, torch.device("cpu")))
+
+
 @torch.no_grad()
 def test_the_door_leads_to_the_kernels(monkeypatch):
     attention = layer(1, FORMS["contextual"], head_dim=8).to(DEVICE, F32)
@@ -314,7 +343,7 @@ def test_kernels_compile_for_an_h100():
     """Every kernel at real sizes, without a GPU: they fit a processor and use its matrix units."""
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-64", "joint-270m-128-norms"]
+    cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-96-4bit", "joint-270m-128-norms"]
     command = [sys.executable, str(script), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -153,7 +153,7 @@ def attend_absorbed(
     slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
-    JOINED: tl.constexpr, FAST: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
+    JOINED: tl.constexpr, FAST: tl.constexpr, KEPT: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +166,7 @@ def attend_absorbed(
         up, offset: as there.
         table: cos and sin of the positions 0 … T − 1, [T, FAST, 2].
     NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
+    KEPT: whether the table is kept in registers.
     JOINED: KV heads whose latents, side by side, are one row; GROUPS, REPEATS, RH and PIECES count such rows.
     """
     begin, end, _, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
@@ -196,7 +197,7 @@ def attend_absorbed(
             ups = ups + (tl.load(at_up + k[:, None] * HB),)
         origin = tl.load(offset + row * (2 * HB) + place % 2 * HB + place // 2)[None, :]
         at_table = table + tl.arange(0, T)[:, None] * (2 * FAST) + place[None, :]
-        if FAST <= 32:  # more would fill the registers
+        if KEPT:
             angles = tl.load(at_table)
         # Of the columns that a head has in the smallest product, all but the first are zero.
         QS: tl.constexpr = 2 * RH if RH > 8 else 16
@@ -244,7 +245,7 @@ def attend_absorbed(
                 keys += origin
             for i in tl.static_range(COUNT):
                 keys = dot(cs[i], ups[i], keys, DTYPE)
-            if FAST > 32:  # not loaded before the loop: see ``rebuilt``
+            if not KEPT:  # not loaded before the loop: see ``rebuilt``
                 angles = tl.load(at_table + tl.multiple_of((tile - begin) % T, 4))
             k1, k2 = tl.split(tl.reshape(keys, (T, FAST, 2)))
             cos, sin = tl.split(tl.reshape(angles.to(tl.float32), (T, FAST, 2)))

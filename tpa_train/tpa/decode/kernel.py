@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode import plan
-from tpa_train.tpa.decode.unpacking import dot, narrow, operand, zeros
+from tpa_train.tpa.decode.unpacking import dot, narrow, operand, order, zeros
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
 EMPTY = tl.constexpr(float("-inf"))
@@ -148,8 +148,9 @@ def leave(
         tl.store(lse + place * splits + tl.program_id(1), m + tl.log2(total), mask=inside)
     for i in tl.static_range(len(PIECES) // 7):
         # Of the columns that are stored, those of the piece.
-        column = PIECES[7 * i + 5] + tl.arange(0, PIECES[7 * i + 4])
-        keep = inside[:, None] & (tl.arange(0, PIECES[7 * i + 4]) < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :]
+        n = order(PIECES[7 * i + 1], PIECES[7 * i + 4])
+        column = PIECES[7 * i + 5] + n
+        keep = inside[:, None] & (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :]
         to = column[None, :]
         if SHARING > 0:
             own = (tl.arange(0, head.shape[0]) // SHARING * E)[:, None]
@@ -167,7 +168,7 @@ def leave(
 @triton.jit
 def _query_piece(q, head, inside, d: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr):
     """[BLOCK, BH], zero beyond the piece's numbers."""
-    n = tl.arange(0, PIECES[7 * i + 4])
+    n = order(PIECES[7 * i + 1], PIECES[7 * i + 4])
     keep = (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[:, None] & inside[None, :]
     x = tl.load(q + (head * d)[None, :] + (PIECES[7 * i + 5] + n)[:, None], mask=keep, other=0.0)
     return x

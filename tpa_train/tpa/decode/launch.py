@@ -125,7 +125,7 @@ def prepare(
     if splits > 1:
         partial = queries.new_empty(batch, heads, splits, width, dtype=torch.float32)
         lse = queries.new_empty(batch, heads, splits, dtype=torch.float32)
-    stored = tuple(t.view(torch.int32) if _is_scales(t) else t for t in cached.stored)
+    stored = tuple(_words(t) for t in cached.stored)
     key_pieces = pieces(keys.entry, keys.first, tiles.largest)
     nothing = cached.rotary[0]  # float32, not read
     options: dict[str, Any] = {
@@ -152,7 +152,8 @@ def prepare(
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        options |= {"JOINED": joined, "RH": joined * plan.heads}
+        kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
+        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -253,9 +254,13 @@ def _absorb(
     return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
 
 
-def _is_scales(stored: Tensor) -> bool:
-    """Whether a buffer holds (scale, minimum) pairs: they have a dimension more than codes and numbers."""
-    return stored.dim() == 5
+def _words(stored: Tensor) -> Tensor:
+    """Returns (scale, minimum) pairs, and codes whose rows are whole words, as int32; other buffers as they are.
+
+    Pairs have a dimension more than codes and numbers.
+    """
+    whole = stored.dim() == 5 or (stored.dtype == torch.uint8 and stored.shape[-1] % 4 == 0)
+    return stored.view(torch.int32) if whole else stored
 
 
 def _processors(device: torch.device) -> int:

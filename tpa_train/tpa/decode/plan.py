@@ -58,6 +58,15 @@ def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def order(block: int, device: torch.device) -> Tensor:
+    """Returns which numbers the columns of a block of packed ones hold, as ``unpacking.order`` does.
+
+    Of eight neighbours in a group of 32, t-th, the q-th and (q + 4)-th are columns 8 q + 2 t and 8 q + 2 t + 1.
+    """
+    n = torch.arange(block, device=device)
+    return n // GROUP * GROUP + n // 2 % 4 * 8 + n % 2 * 4 + n // 8 % 4
+
+
 @dataclass(frozen=True)
 class Rows:
     """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel.weighted``, of which ``weights`` are the
@@ -115,9 +124,10 @@ class Plan:
             up = self.up.mT  # [G or 1, 2, r, d/2]
             blocks = []
             for i in range(0, len(key_pieces), 7):
-                _, _, count, first, block, column, _ = key_pieces[i : i + 7]
+                _, bits, count, first, block, column, _ = key_pieces[i : i + 7]
                 part = up[:, :, column : column + min(block, count - first)]
-                blocks.append(F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2])))
+                part = F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2]))
+                blocks.append(part if bits == 16 else part[:, :, order(block, part.device)])
             laid_out = torch.cat(blocks, dim=2).to(dtype).contiguous()
             if _recorded(laid_out.device):  # filled when the graph runs, not now
                 return laid_out

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from tpa_train.tpa.decode.plan import CACHED, OWN, UNROLLED, Plan, power_of_two
+from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, UNROLLED, Plan, power_of_two
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
 
@@ -21,6 +21,9 @@ VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 JOINT = 64  # as ``TWO``, of joint latents
+PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take registers that unpacking needs
+FULL = 74, 112  # KiB of a processor that each of three and of two programs may take
+FEWER = 128  # numbers of a packed latent for which a thread does with 128 registers, and with 168 for twice as many
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
 FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
@@ -38,7 +41,7 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
-        tiles, size = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10
+        tiles, size, rank = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10, plan.up.shape[-1]
         token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
         found = plan.absorb(tiles.tokens)
         few = tokens is not None and tokens * len(plan.offset) < FEW
@@ -48,9 +51,16 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
                 narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
                 if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
                     return Tiles(programs=4, joined=2, registers=128)
-                return Tiles(programs=4, stages=2 if plan.up.shape[-1] <= WIDE else 1)
+                if not exact and plan.expand is None and rank <= 2 * FEWER:
+                    if rank <= FEWER:
+                        return Tiles(programs=4, registers=128)
+                    return Tiles(largest=64, programs=3, registers=168)
+                return Tiles(programs=4, stages=2 if rank <= WIDE else 1)
+            if not exact and (packed := plan.absorb(tiles.tokens, fast=PACKED)) is not None:
+                joint = plan.expand is not None
+                return _packed_tiles(rank, plan.heads * packed.terms, token // 2 if joint else token, joint)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
-            rebuilt = 2 * found.fast * plan.up.shape[-1] * dtype.itemsize
+            rebuilt = 2 * found.fast * rank * dtype.itemsize
             if plan.expand is not None:  # a joint latent is loaded once, and takes more vectors for its bytes
                 ahead = tiles.stages * tiles.tokens * token // 2
                 return tiles if ahead + rebuilt <= JOINT << 10 else Tiles(stages=1)
@@ -73,6 +83,20 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     return Tiles(tokens=64 if numbers <= 544 else 32 if numbers <= 1088 or packed else 16)
 
 
+def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:
+    """Returns what suits packed latents where PACKED pairs are rebuilt: of ``rank`` numbers, ``token`` bytes, and
+    ``columns`` of W.
+
+    Most of a tile's time one step waits for another, so that programs count: blocks of 64 let 168 registers do.
+    """
+    tiles = Tiles(largest=64, fast=PACKED)
+    # U of the fast pairs and, of two tiles each, W, turned queries, the cache and the table of angles; all in 16 bits.
+    size = 2 * PACKED * rank + 2 * (columns * rank + 2 * PACKED * LEAST + tiles.tokens * (token // 2 + 2 * PACKED))
+    if 2 * size <= FULL[0] << 10 and not (joint and rank > FEWER):
+        return replace(tiles, programs=3, registers=168)
+    return tiles if 2 * size <= FULL[1] << 10 else replace(tiles, stages=1)
+
+
 def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
     """Returns the tiles to measure, the default first."""
     first = default_tiles(plan, dtype)
@@ -91,10 +115,16 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
                 found += [Tiles(64, 4, stages, fast=fast) for stages in (1, 2, 3) for fast in (32, 64)]
                 found += [Tiles(64, 4, 2, programs=4, registers=128), Tiles(32, 2, 2, programs=4)]
                 found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128), Tiles(64, 4, 1, largest=64)]
+                if not (plan.keys.entry.exact and plan.values.entry.exact):
+                    found += [Tiles(64, 4, stages, 64, fast=PACKED) for stages in (1, 2)]
+                    found += [Tiles(64, 4, stages, 64, programs=3, fast=PACKED, registers=168) for stages in (1, 2)]
+                    found += [Tiles(64, 4, stages, 64, programs=4, fast=PACKED, registers=128) for stages in (1, 2)]
             else:
                 found += [Tiles(*shape, programs=4) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3))]
                 found += [Tiles(64, 4, 2, programs=programs) for programs in (4, 6, 8)]
                 found += [Tiles(64, 4, 1, programs=programs) for programs in (2, 4)]
+                found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
+                found += [Tiles(64, 4, 1, 64, programs=n, registers=r) for n, r in ((4, None), (3, 168))]
                 found += [Tiles(32, 1, 3, programs=8), Tiles(64, 2, 2, programs=6), Tiles(128, 8, 2, programs=3)]
                 if plan.joins(2):
                     shapes = ((64, 4, 2, 3, None), (64, 4, 3, 3, 168), (128, 8, 2, 2, 128), (128, 4, 2, 3, 168))
@@ -103,6 +133,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
                     found += [Tiles(64, 8, 2, programs=2, joined=4, registers=128)]
     else:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
+        found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
     return list(dict.fromkeys(found))
 
