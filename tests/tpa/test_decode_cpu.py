@@ -120,7 +120,10 @@ def test_packs_new_tokens_to_the_bit(spec):
                 if length:
                     expected[row, (length - 1) % 24] = packed[b, 0]
         assert native.attend_native(attention, queries, cached, news) is not None
-        assert all(torch.equal(mine, expected) for mine, expected in zip(cached.stored, before, strict=True))
+        pairs = list(zip(cached.stored, before, strict=True))
+        if spec.cached_norm:  # of keys that are rebuilt otherwise
+            torch.testing.assert_close(*pairs.pop(), rtol=1e-4 if dtype == torch.float32 else 0.02, atol=0)
+        assert all(torch.equal(mine, expected) for mine, expected in pairs)
 
 
 @compiles

@@ -43,16 +43,11 @@ def attend_new(
         longest: the most tokens of a sequence, where it is known: no others need be read.
     """
     backend = _backend(None)
-    spec = getattr(attention, "spec", None)
-    norms = spec is not None and spec.cached_norm  # which ``attend_native`` neither reads nor writes
-    if norms:
-        store(attention.pack(entries))
     if backend == "auto":
-        done = attend_native(attention, queries, cached, None if norms else entries)
+        done = attend_native(attention, queries, cached, entries)
         if done is not None:
             return done
-    if not norms:
-        store(attention.pack(entries))
+    store(attention.pack(entries))
     return _attend(attention, queries, cached if longest is None else cached.first(longest), backend)
 
 

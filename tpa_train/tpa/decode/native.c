@@ -32,6 +32,8 @@ typedef struct {
     void *out; /* [batch, heads, expanded, or values.count], in the kind of queries */
     char *workspace;
     int64_t workspace_bytes;
+    char *norms; /* cached 1/rms of every key [groups], to be written for what is in keys.news; or NULL */
+    int64_t norm_row, norm_token, norm_kind; /* strides in bytes, and a kind of number */
     Entry keys, values;
     /* What follows is the kernel's own. */
     int64_t chunk, splits, next, ticket, scratch;
@@ -185,7 +187,10 @@ static void read_tile(const Job *j, const Scratch *s, int64_t row, int64_t first
             unpack(&j->values, row, first + t, r, s->values + (int64_t)(r * TILE + t) * stride_of(&j->values));
 }
 
-static void score_tile(const Job *j, const Scratch *s, int64_t b, int64_t position, int64_t wrap, int n) {
+/* `norms`: where those of the token go that has just been packed, the newest-th of the tile if it is in it; or NULL. */
+static void score_tile(
+    const Job *j, const Scratch *s, int64_t b, int64_t position, int64_t wrap, int n, int64_t newest, char *norms
+) {
     const int share = j->heads / j->groups, stride = stride_of(&j->keys);
     for (int g = 0; g < j->groups; g++) {
         const int r = j->keys.rows > 1 ? g : 0;
@@ -213,6 +218,7 @@ static void score_tile(const Job *j, const Scratch *s, int64_t b, int64_t positi
             const int64_t p = (position + t - (t >= wrap ? j->slots : 0)) * (j->dim / 2);
             inverse[t] = finish(j, s->keys + t * j->padded, j->bias + g * j->padded, j->cosine + p, j->sine + p);
         }
+        if (norms && newest >= 0 && newest < n) write_number(norms, j->norm_kind, g, inverse[newest]);
         score(q, share, j->padded, s->keys, j->padded, scores);
         for (int h = 0; h < share; h++)
             for (int t = 0; t < TILE; t++) scores[h * TILE + t] *= inverse[t];
@@ -229,6 +235,8 @@ static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
     float *sums = j->partial + (b * j->splits + split) * partial_size(j), *top = sums + j->heads * values->padded;
     memset(sums, 0, 4 * partial_size(j));
     for (int h = 0; h < j->heads; h++) top[h] = LOWEST;
+    const int64_t last = (length - 1) % j->slots; /* the newest token's slot */
+    char *norms = j->norms && j->keys.news ? j->norms + row * j->norm_row + last * j->norm_token : NULL;
     float *keep = s->scores + j->heads * TILE;
     const int share = j->heads / values->rows, stride = stride_of(values);
     for (int64_t t = start; t < stop; t += TILE) {
@@ -236,7 +244,7 @@ static void item(const Job *j, int64_t b, int64_t split, const Scratch *s) {
         read_tile(j, s, row, t, n);
         for (int r = 0; r < values->rows; r++) /* what has no weight must be finite */
             memset(s->values + (int64_t)(r * TILE + n) * stride, 0, 4 * (size_t)(TILE - n) * stride);
-        score_tile(j, s, b, base + t, length > j->slots ? cut - t : TILE, n);
+        score_tile(j, s, b, base + t, length > j->slots ? cut - t : TILE, n, last - t, norms);
         for (int h = 0; h < j->heads; h++) {
             for (int i = n; i < TILE; i++) s->scores[h * TILE + i] = LOWEST;
             keep[h] = soften(s->scores + h * TILE, top + h, top + j->heads + h);

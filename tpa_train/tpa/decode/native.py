@@ -5,7 +5,8 @@ float32 and bfloat16. Latent values are summed before they are expanded, which c
 G·d·r. Keys cost G·d·r, more than everything else together. Where the CPU multiplies bfloat16 in tiles (AMX), they are
 products of numbers split in two, whose error is between float32's and 2^-17. Where the weights are bfloat16, or
 ``torch.backends.mkldnn.matmul.fp32_precision`` is "bf16", one bfloat16 product serves. Keys of joint latents are
-normalised as they are rebuilt, whether or not their norms are cached: those are the same, but rounded.
+normalised as they are rebuilt, whether or not their norms are cached: those are the same, but rounded, and only written
+here, for whoever reads the cache otherwise.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class _Job(ctypes.Structure):
         ("cosine", c_void_p), ("sine", c_void_p), ("bias", c_void_p), ("weight", c_void_p), ("up", c_void_p),
         ("expand", c_void_p), ("expand_kind", c_int32), ("expanded", c_int32), ("out", c_void_p),
         ("workspace", c_void_p), ("workspace_bytes", c_int64),
+        ("norms", c_void_p), ("norm_row", c_int64), ("norm_token", c_int64), ("norm_kind", c_int64),
         ("keys", _Entry), ("values", _Entry),
         ("own", c_int64 * 8),
     ]  # fmt: skip
@@ -74,7 +76,7 @@ def attend_native(
     """Attends as ``decode.attend_cached`` says: [B, H, d] -> [B, H, e]; None, and nothing done, where it cannot.
 
     It cannot where there is no compiler, where gradients are wanted, or for other forms and types. ``news``: the newest
-    token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it. Cached norms have to be.
+    token's entries, [B, 1, ...], which are packed into the cache first; None: they are in it.
     """
     if not plain(queries):
         return None
@@ -143,6 +145,7 @@ class Plan:
         config, keys, values, entries = attention.config, attention.keys, attention.values, attention.entries
         self.state, self.heads, self.joint = _state(attention), config.num_heads, isinstance(values, JointValues)
         self.width = config.head_dim if self.joint else entries[-1].count
+        self.cached_norm = attention.spec.cached_norm
         self.idle: list[_Call] = []
         self.run, self.parallel = compiled.load().tpa_attend, compiled.parallel()
         self.job = job = _Job(
@@ -227,6 +230,8 @@ class Plan:
             return None
         if not self.joint and not _point(job.values, self.value_shapes, cached.stored[count:]):
             return None
+        if self.cached_norm and not _point_norms(job, cached.stored[-1]):
+            return None
         job.slots, (job.cosine, job.sine) = cached.slots, (t.data_ptr() for t in cached.rotary)
         return _Call(job, ctypes.byref(job), [ref(t) for t in held])
 
@@ -275,6 +280,17 @@ def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> bool:
         else:
             segment.codes, segment.kind = t.data_ptr(), kind
             segment.strides[:3] = size * row, size * token, size * head
+    return True
+
+
+def _point_norms(job: _Job, t: Tensor) -> bool:
+    """Has ``job`` point to the norms [rows, slots, 1, G] of a cache; False: of no kind that is written."""
+    if t.dtype not in KINDS or t.stride(-1) != 1:
+        return False
+    size = t.element_size()
+    job.norms, job.norm_kind, job.norm_row, job.norm_token = (
+        t.data_ptr(), KINDS[t.dtype], size * t.stride(0), size * t.stride(1)
+    )  # fmt: skip
     return True
 
 

@@ -162,6 +162,12 @@ INLINE uint16_t to_bfloat(float f) {
     return f != f ? 0x7fc0 : (w + 0x7fff + (w >> 16 & 1)) >> 16;
 }
 
+/* Writes the i-th number; kinds as above. */
+INLINE void write_number(void *p, int kind, int64_t i, float x) {
+    if (kind == 0) ((float *)p)[i] = x;
+    else ((uint16_t *)p)[i] = kind == 1 ? to_bfloat(x) : to_half(x);
+}
+
 static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint16_t *pair) {
     float low = x[0], high = x[0];
     const int levels = (1 << bits) - 1;
@@ -187,11 +193,8 @@ static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
         char *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
         const int64_t first = (b * e->rows + r) * e->count + g->start;
         if (g->bits == 16) {
-            for (int i = 0; i < g->count; i++) {
-                const float x = number(e->news, e->news_kind, first + i);
-                if (g->kind == 0) ((float *)codes)[i] = x;
-                else ((uint16_t *)codes)[i] = g->kind == 1 ? to_bfloat(x) : to_half(x);
-            }
+            for (int i = 0; i < g->count; i++)
+                write_number(codes, g->kind, i, number(e->news, e->news_kind, first + i));
             continue;
         }
         uint16_t *pair = (uint16_t *)(g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head);
