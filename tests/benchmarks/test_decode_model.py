@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from random_models import small_config, tokens
+from random_models import random_model, small_config, student_of, tokens
 
 from tpa_train.benchmarks import command, decode_model
 from tpa_train.benchmarks.decode_model import DecodeModelSettings, ratio_spec
 from tpa_train.benchmarks.static_decoding import StaticDecoder
+from tpa_train.checkpoints.export import export_model
 from tpa_train.errors import UserError
 from tpa_train.gemma3.config import SIZES
 
@@ -82,3 +83,25 @@ def test_transformers_decodes_what_our_model_does(config):
 def test_options_are_checked_first(config, wrong, message):
     with pytest.raises(UserError, match=message):
         command.main(["decode_model", *TINY, wrong])
+
+
+@pytest.fixture
+def exported(config, tmp_path):
+    model = random_model(config, dtype=torch.float32)
+    student = student_of(model, {i: (4, 8) for i in (2, 5)})
+    return export_model(student, tmp_path / "export")
+
+
+def test_an_exported_model_decodes_beside_the_original(config, exported, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rows.json"
+    argv = ["decode_model", *TINY, "engines=ours-dense", "engines=ours-tpa", "batches=[2]", f"out={out}"]
+    command.main([*argv, f"export={exported}"])
+    dense, row = json.loads(out.read_text())["rows"]
+    assert (row["form"], row["ratio"]) == ("export", None) and "latent 4" in row["layers"]
+    # Layer 2 keeps 8 of 24 tokens, layer 5 all of them; of four heads' 16 numbers 12 are left.
+    assert row["cache_ratio"] == pytest.approx(64 / (64 - (8 + 24) / 4)) and dense["cache_ratio"] == 1
+    assert f"export, {row['cache_ratio']:.3g}× at 24 tokens: 2 sequences" in capsys.readouterr().out
+    monkeypatch.setitem(SIZES, "4b", small_config(num_kv_heads=2, vocab_size=300))
+    command.main([*argv[:-1], f"out={tmp_path / 'other.json'}", f"export={exported}"])
+    rows = json.loads((tmp_path / "other.json").read_text())["rows"]
+    assert "was not made from a model of the sizes" in rows[1]["na"]

@@ -3,7 +3,7 @@
 Every engine decodes as many sequences of a context as are given, or as fit into memory. Caches are filled with the
 entries of random tokens instead of prefilling: what a step costs does not depend on them. All shapes but the 270M have
 random weights, and converted models random factors, of one form, rank and width in all layers: the largest rank that
-makes the cache so many times smaller. transformers decodes with its static cache and
+makes the cache so many times smaller; ``export=`` adds a model as a run made it. transformers decodes with its static cache and
 ``torch.compile(mode="reduce-overhead")``.
 """
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from tpa_train.benchmarks.decode_caches import random_entries, randomize
+from tpa_train.benchmarks.decode_steps import describe_layers
 from tpa_train.benchmarks.journal import Journal, free_memory
 from tpa_train.benchmarks.record import table_of
 from tpa_train.benchmarks.static_decoding import StaticDecoder
@@ -38,6 +39,7 @@ from tpa_train.tpa.spec import LayerSpec, dense_specs
 
 ENGINES = ("ours-dense", "ours-tpa", "transformers")
 FORMS = ("latent", "joint", "contextual")
+EXPORT = "export"  # what rows of ``export=`` have as their form
 REAL = "270m"  # the shape whose weights are a real model's
 CELL = ("shape", "engine", "form", "ratio", "context", "asked_batch")
 FREE = ("shape", "engines", "forms", "ratios", "contexts", "batches")
@@ -55,6 +57,9 @@ class DecodeModelSettings:
     )
     forms: list[str] = field(
         default_factory=list, metadata={"help": f"of converted models: {', '.join(FORMS)}; all when left out"}
+    )
+    export: str | None = field(
+        default=None, metadata={"help": "a converted model, as a run wrote it: beside the forms, or without forms= alone"}
     )
     ratios: list[float] = field(
         default_factory=lambda: [4.0, 8.0], metadata={"help": "how many times smaller their caches are"}
@@ -145,11 +150,21 @@ def _run_engine(
 
 def _ours(settings: DecodeModelSettings, cell: Cell, dense: Gemma3ForCausalLM, device: torch.device) -> Contestant:
     model, spec = dense, dense_specs(dense.config)[0]
+    if cell.form == EXPORT:
+        return _exported(settings, dense, device)
     if cell.form is not None:
         spec = ratio_spec(dense.config, cell.form, cell.ratio, settings.bits)
         specs = [spec.with_norms(dense.config, index) for index in range(dense.config.num_layers)]
         model = random_student(dense, specs, settings.seed)
     details = {"rank": spec.rank_k, "bits": spec.bits_k}
+    return Contestant(model, device, lambda batch, context: OurDecoding(model, batch, context, settings), details)
+
+
+def _exported(settings: DecodeModelSettings, dense: Gemma3ForCausalLM, device: torch.device) -> Contestant:
+    model = open_model(settings.export, settings.dtype, str(device)).requires_grad_(False)
+    if not hasattr(model, "specs") or model.config != dense.config:
+        raise UserError(f"export={settings.export} was not made from a model of the sizes of shape={settings.shape}.")
+    details = {"layers": describe_layers(model.specs)}
     return Contestant(model, device, lambda batch, context: OurDecoding(model, batch, context, settings), details)
 
 
@@ -163,7 +178,7 @@ def held(settings: DecodeModelSettings, context: int) -> int:
 
 
 def _cells(settings: DecodeModelSettings) -> Iterator[Cell]:
-    engines, forms = settings.engines or list(ENGINES), settings.forms or list(FORMS)
+    engines, forms = settings.engines or list(ENGINES), settings.forms or ([] if settings.export else list(FORMS))
     for name, given, valid in (
         ("engines", engines, ENGINES),
         ("forms", forms, FORMS),
@@ -186,8 +201,9 @@ def _cells(settings: DecodeModelSettings) -> Iterator[Cell]:
         if not ratio > 1:
             raise UserError(f"ratios: {ratio:g} must be above 1.")
     for engine in dict.fromkeys(engines):
-        for form in forms if engine == "ours-tpa" else [None]:
-            for ratio in settings.ratios if form else [None]:
+        exported = [EXPORT] if settings.export else []
+        for form in [*forms, *exported] if engine == "ours-tpa" else [None]:
+            for ratio in settings.ratios if form in FORMS else [None]:
                 for context in settings.contexts:
                     for batch in settings.batches:
                         yield Cell(settings.shape, engine, form, ratio, context, batch)
@@ -307,7 +323,7 @@ def random_student(dense: Gemma3ForCausalLM, specs: list[LayerSpec], seed: int) 
 
 def render(rows: list[dict[str, Any]]) -> str:
     """Returns the table, and each converted model against the fastest other engine at its context in words."""
-    lines = [table_of(rows)]
+    lines = [table_of([{k: v for k, v in row.items() if k != "layers"} for row in rows])]
     for row in rows:
         others = [
             r for r in rows
@@ -317,7 +333,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         if row["engine"] == "ours-tpa" and row.get("tokens_per_s") and others:
             best = max(others, key=lambda r: r["tokens_per_s"])
             lines.append(
-                f"{row['shape']}, {row['form']}, {row['ratio']:g}× at {row['context']:,} tokens: {row['batch']} "
+                f"{row['shape']}, {row['form']}, {row['ratio'] or row['cache_ratio']:.3g}× at {row['context']:,} tokens: {row['batch']} "
                 f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of "
                 f"{best['engine']} ({best['batch']} sequences)"
             )

@@ -84,7 +84,7 @@ def run(settings: DecodeStepSettings) -> list[dict[str, Any]]:
             "dtype": str(model.head_weight.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "ms_per_token": 1000 * statistics.median(times[name]),
             "fastest_ms": 1000 * min(times[name]), "cache_bytes": caches[name].nbytes,
-            "step_bytes": step_bytes(model, caches[name]), "layers": _describe(specs),
+            "step_bytes": step_bytes(model, caches[name]), "layers": describe_layers(specs),
         })  # fmt: skip
     rows[1]["speedup"] = rows[0]["ms_per_token"] / rows[1]["ms_per_token"]
     rows[1]["bytes_ratio"] = rows[0]["cache_bytes"] / rows[1]["cache_bytes"]
@@ -165,7 +165,7 @@ def step_bytes(model: Gemma3ForCausalLM, cache: KVCache) -> int:
     return live.peak
 
 
-def _describe(specs: Sequence[LayerSpec]) -> str:
+def describe_layers(specs: Sequence[LayerSpec]) -> str:
     """Returns the different converted layers in words."""
     return "; ".join(dict.fromkeys(spec.describe() for spec in specs if spec.converted)) or "all dense"
 
