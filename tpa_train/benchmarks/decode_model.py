@@ -3,8 +3,8 @@
 Every engine decodes as many sequences of a context as are given, or as fit into memory. Caches are filled with the
 entries of random tokens instead of prefilling: what a step costs does not depend on them. All shapes but the 270M have
 random weights, and converted models random factors, of one form, rank and width in all layers: the largest rank that
-makes the cache so many times smaller; ``export=`` adds a model as a run made it. transformers decodes with its static cache and
-``torch.compile(mode="reduce-overhead")``.
+makes the cache so many times smaller; ``export=`` adds a model as a run made it. transformers decodes with its static
+cache and ``torch.compile(mode="reduce-overhead")``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class DecodeModelSettings:
         default_factory=list, metadata={"help": f"of converted models: {', '.join(FORMS)}; all when left out"}
     )
     export: str | None = field(
-        default=None, metadata={"help": "a converted model, as a run wrote it: beside the forms, or without forms= alone"}
+        default=None,
+        metadata={"help": "a converted model, as a run wrote it: beside the forms, or without forms= alone"},
     )
     ratios: list[float] = field(
         default_factory=lambda: [4.0, 8.0], metadata={"help": "how many times smaller their caches are"}
@@ -332,8 +333,9 @@ def render(rows: list[dict[str, Any]]) -> str:
         ]  # fmt: skip
         if row["engine"] == "ours-tpa" and row.get("tokens_per_s") and others:
             best = max(others, key=lambda r: r["tokens_per_s"])
+            ratio = row["ratio"] or row["cache_ratio"]
             lines.append(
-                f"{row['shape']}, {row['form']}, {row['ratio'] or row['cache_ratio']:.3g}× at {row['context']:,} tokens: {row['batch']} "
+                f"{row['shape']}, {row['form']}, {ratio:.3g}× at {row['context']:,} tokens: {row['batch']} "
                 f"sequences, {row['tokens_per_s'] / best['tokens_per_s']:.2f} times the tokens a second of "
                 f"{best['engine']} ({best['batch']} sequences)"
             )
