@@ -183,7 +183,7 @@ def test_the_mix_that_costs_least_wins(make, monkeypatch):
     assert kls["measured"] == pytest.approx(min(found.values()), rel=1e-3)
     # Whatever is said to cost least is what is returned.
     for wanted in range(3):
-        answers = iter([0.1 if i == wanted else 0.5 for i in range(3)])
+        answers = iter([0.1 if i == wanted else 0.5 for i in range(3)] + [0.9])  # and of what measured layers correct
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "output_kl", lambda *_: next(answers))  # noqa: B023
             specs, kls = choose_specs(session, measured)
@@ -192,11 +192,36 @@ def test_the_mix_that_costs_least_wins(make, monkeypatch):
         assert {s.form_k for s in specs} | {s.form_v for s in specs} <= {*alone, "dense"}
 
 
+def test_what_measured_layers_correct_is_spent_anew(make, monkeypatch):
+    """The better of both is returned, judged by the output."""
+    session, seen = make("budget.cache_ratio=4", "budget.forms=latent"), []
+    measured, config = measure(session, {}, {}), session.config
+
+    def layer_kls(teacher, student, text):
+        seen.append(student.specs)
+        return {i: 1.0 if i == 5 else 1e-12 for i in student.converted_layers}
+
+    monkeypatch.setattr(pipeline, "layer_kls", layer_kls)
+    for answers, kept in (((0.5, 0.1), False), ((0.1, 0.5), True)):
+        answers = iter(answers)
+        monkeypatch.setattr(pipeline, "output_kl", lambda *_: next(answers))  # noqa: B023
+        specs, kls = choose_specs(session, measured)
+        assert kls["measured"] == 0.1 and (specs == seen[-1]) == kept
+        assert cache_bytes(config, specs, 512) <= session.budget.bytes(config)
+        if not kept:
+            assert specs[5].bytes_per_token(config) > seen[-1][5].bytes_per_token(config)
+    lent = make("budget.cache_ratio=4", "budget.forms=latent", "recipe=factorize", "trainer.offload=true")
+    answers = iter([0.3])
+    choose_specs(lent, measured)
+    assert len(seen) == 2
+
+
 def test_the_chosen_student_is_built_once(make, monkeypatch):
     session, built = make("budget.cache_ratio=4", "budget.forms=latent"), []
     monkeypatch.setattr(pipeline, "build_student", lambda *given: built.append(build_student(*given)) or built[-1])
     student, _, _, _ = factorize_model(session)
-    assert built == [student] and set(student.output_metrics) == set(student.converted_layers)
+    assert len(built) <= 2 and student in built  # what measured layers correct is the second
+    assert set(student.output_metrics) == set(student.converted_layers)
 
 
 def test_other_forms_that_were_measured_stay_out(make, monkeypatch):
@@ -208,7 +233,7 @@ def test_other_forms_that_were_measured_stay_out(make, monkeypatch):
     single = replace(session.budget, bits=(8,), forms=("latent",))
     specs, _ = choose_specs(session, measured, single)
     assert {(s.form_k, s.form_v, s.bits_k, s.bits_v) for s in specs} == {("latent", "latent", 8, 8)}
-    answers = iter([0.1, 0.5])  # of the mix, and of latents alone
+    answers = iter([0.1, 0.5, 0.9])  # of the mix, of latents alone, and of what measured layers correct
     monkeypatch.setattr(pipeline, "output_kl", lambda *_: next(answers))
     both, _ = choose_specs(session, measured, replace(session.budget, forms=("latent", "constant_a")))
     assert any("constant_a" in (s.form_k, s.form_v) for s in both)

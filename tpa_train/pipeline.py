@@ -26,6 +26,7 @@ from tpa_train.factorization.allocation import (
     FORMS,
     Budget,
     allocate,
+    corrected,
     joint_groups,
     layer_choices,
     layers_to_convert,
@@ -33,8 +34,9 @@ from tpa_train.factorization.allocation import (
     validate_budget,
 )
 from tpa_train.factorization.calibration import Calibration, CalibrationModule
+from tpa_train.factorization.choices import Choice
 from tpa_train.factorization.latent import output_metric
-from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
+from tpa_train.factorization.sensitivity import Probe, layer_kls, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.factorization.streaming import calibrate_streaming
 from tpa_train.gemma3.config import Gemma3Config
@@ -70,6 +72,16 @@ class Measured:
     sensitivities: dict[Probe, float]
     cost: StageCost  # of the calibration
     probing_seconds: float = 0.0  # spent on sensitivities
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student, the choices that its budget was spent on, and the KL that they let expect and the one measured."""
+
+    student: Gemma3ForMultimodalLMwithTPA
+    choices: dict[int, list[Choice]]
+    expected: float
+    measured: float
 
 
 @dataclass
@@ -292,7 +304,9 @@ def choose_student(
     """Spends the byte budget (the session's, where none is given).
 
     Where several forms compete, the budget is also spent on each alone, and what costs the model's output least on the
-    sensitivity text wins: forms are modelled apart, so the model's errors differ between them.
+    sensitivity text wins: forms are modelled apart, so the model's errors differ between them. Then every layer of the
+    winner is measured on its own and the budget is spent once more on what that corrects (``allocation.corrected``);
+    the better of the two is returned. Layers that are lent to the device one at a time are not measured.
 
     Returns:
         The student, whose ``specs`` say what was chosen; the KL that the allocation expects ("expected") and the one
@@ -303,28 +317,34 @@ def choose_student(
     if len(budget.forms) > 1:
         mixes += [(form,) for form in ("latent", "joint") if form in budget.forms]
     layers = layers_to_convert(config, budget)
-    candidates = [allocate_forms(session, measured, replace(budget, forms=forms), layers) for forms in mixes]
     text = sensitivity_text(session)
-    best, least = None, {}
-    for specs, expected in candidates:
+
+    def spend(choices: dict[int, list[Choice]]) -> Candidate:
+        specs, expected = allocate(config, budget, choices)
         student = build_student(session.teacher, bases, specs)
         with session.machine.autocast():
-            kl = output_kl(session.teacher, student, text)
-        if best is None or kl < least["measured"]:
-            best, least = student, {"expected": expected, "measured": kl}
-    return best, least
+            return Candidate(student, choices, expected, output_kl(session.teacher, student, text))
+
+    best = None
+    for forms in mixes:  # no list of them: a student is memory
+        found = spend(choices_of(session, measured, replace(budget, forms=forms), layers))
+        best = found if best is None or found.measured < best.measured else best
+    if not session.settings.trainer.offload:
+        with session.machine.autocast():
+            kls = layer_kls(session.teacher, best.student, text)
+        again = spend(corrected(best.choices, best.student.specs, kls))
+        best = again if again.measured < best.measured else best
+    return best.student, {"expected": best.expected, "measured": best.measured}
 
 
-def allocate_forms(
-    session: Session, measured: Measured, budget: Budget, layers: list[int]
-) -> tuple[list[LayerSpec], float]:
-    """Spends ``budget`` on ``layers`` in its forms; returns specifications and expected KL as ``allocate``."""
+def choices_of(session: Session, measured: Measured, budget: Budget, layers: list[int]) -> dict[int, list[Choice]]:
+    """Returns what ``layers`` can become in the budget's forms (``allocation.layer_choices``)."""
     config, bases, choices = session.config, measured.bases, {}
     for layer in layers:
         attention = session.teacher.layers[layer].self_attn
         joint = joint_groups(budget, bases, attention, layer) if "joint" in budget.forms else None
         choices[layer] = layer_choices(config, budget, layer, bases, measured.sensitivities, joint)
-    return allocate(config, budget, choices)
+    return choices
 
 
 def convert(

@@ -13,9 +13,11 @@ from random_models import small_config
 
 from tpa_train.errors import UserError
 from tpa_train.factorization.allocation import (
+    CORRECTION,
     FORMS,
     Budget,
     allocate,
+    corrected,
     layer_choices,
     layers_to_convert,
     plan_probes,
@@ -432,3 +434,19 @@ def test_uniform_specs_are_the_largest_that_fit(groups, bits, ratio, layers):
 def test_no_uniform_specs_where_none_fit():
     assert uniform_specs(_config(), Budget(7.9, 64), [5, 11], 8) is None
     assert uniform_specs(_config(), Budget(7.9, 64), list(range(12)), 8) is not None
+
+
+def test_measured_layers_correct_their_choices():
+    """Every choice of a layer is scaled alike, within a bound; layers that were not measured keep theirs."""
+    config, budget = SIZES["270m"], Budget(4, 4096)
+    choices = _choices(config, budget)
+    specs, _ = allocate(config, budget, choices)
+    expected = {i: _kl_of(choices, i, specs[i]) for i in choices}
+    found = corrected(choices, specs, {0: 3 * expected[0], 1: 1e6, 5: -1e-9})
+    for layer, factor in {0: 3.0, 1: CORRECTION, 5: 1 / CORRECTION, 2: 1.0}.items():
+        assert [c.kl for c in found[layer]] == pytest.approx([factor * c.kl for c in choices[layer]])
+        assert [(c.spec, c.bytes) for c in found[layer]] == [(c.spec, c.bytes) for c in choices[layer]]
+    again, _ = allocate(config, budget, found)
+    for layer, sign in ((1, 1), (5, -1)):
+        assert sign * (again[layer].bytes_per_token(config) - specs[layer].bytes_per_token(config)) > 0
+    assert _spent(config, budget, again) <= budget.bytes(config)

@@ -1,5 +1,7 @@
 """What one changed part costs: the KL of two whole models, zero where nothing is lost."""
 
+import copy
+
 import pytest
 import torch
 from calibrated_models import calibrated_bases
@@ -7,7 +9,14 @@ from random_models import tokens
 
 from tpa_train.distillation.losses import linear_kl
 from tpa_train.factorization import sensitivity
-from tpa_train.factorization.sensitivity import NOISE_BITS, OutputDivergence, Probe, measure_sensitivity, output_kl
+from tpa_train.factorization.sensitivity import (
+    NOISE_BITS,
+    OutputDivergence,
+    Probe,
+    layer_kls,
+    measure_sensitivity,
+    output_kl,
+)
 from tpa_train.factorization.solutions import build_student
 from tpa_train.tpa.spec import LayerSpec, dense_specs
 
@@ -127,3 +136,21 @@ def test_output_divergence_is_the_loss_of_recovery(dtype, tolerance, monkeypatch
     expected = float(linear_kl(student, teacher, head, head)[0])
     assert expected > 0.1 and divergence(student) == pytest.approx(expected, rel=tolerance)
     assert divergence(teacher) == 0.0
+
+
+def test_layers_of_a_student_are_measured_alone(setting):
+    """As probes of them are; and in half precision the weights are what is rounded, not what is computed."""
+    model, bases, ids = setting
+    probes = [Probe(1, "kv", "joint", 7, NOISE_BITS), Probe(5, "kv", "joint", 3)]
+    specs = dense_specs(model.config)
+    for probe in probes:
+        specs[probe.layer] = probe.spec(model.config)
+    student = build_student(model, bases, specs)
+    measured = measure_sensitivity(model, bases, probes, ids)
+    expected = {probe.layer: measured[probe] for probe in probes}
+    assert layer_kls(model, student, ids) == pytest.approx(expected, rel=1e-9)
+    half = [copy.deepcopy(m).to(torch.bfloat16) for m in (model, student)]
+    wide = [copy.deepcopy(m).to(torch.float32) for m in half]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_kls(*half, ids) == pytest.approx(layer_kls(*wide, ids), rel=1e-3)
+    assert all(p.dtype == torch.bfloat16 for m in half for p in m.parameters())

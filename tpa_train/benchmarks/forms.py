@@ -23,7 +23,7 @@ from tpa_train.checkpoints import load_pretrained
 from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import Evaluator
-from tpa_train.factorization.allocation import FORMS, Budget, plan_probes
+from tpa_train.factorization.allocation import FORMS, Budget, allocate, plan_probes
 from tpa_train.factorization.contextual_factorization import contextual_error, per_token_error
 from tpa_train.factorization.sensitivity import measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
@@ -33,8 +33,8 @@ from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.pipeline import (
     Measured,
     Session,
-    allocate_forms,
     calibrate,
+    choices_of,
     choose_balance,
     convert,
     sensitivity_text,
@@ -316,7 +316,8 @@ def _mixed(session: Session, measured: Measured, layers: list[int], size: int) -
         c for n in range(1, len(FORMS) + 1) for c in itertools.combinations(FORMS, n) if {"latent", "joint"} & set(c)
     ]
     for forms in mixes:
-        specs, _ = allocate_forms(session, measured, replace(budget, forms=forms), layers)
+        own = replace(budget, forms=forms)
+        specs, _ = allocate(session.config, own, choices_of(session, measured, own, layers))
         with session.machine.autocast():
             kl = output_kl(session.teacher, build_student(session.teacher, measured.bases, specs), text)
         tried.append((kl, specs))

@@ -120,6 +120,41 @@ def measure_sensitivity(
 
 
 @torch.no_grad()
+def layer_kls(
+    model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, text: Tensor | Mapping[str, Tensor], every: int = 4
+) -> dict[int, float]:
+    """Returns the output KL (nats a token) that each converted layer of ``student`` costs alone, among ``model``'s.
+
+    In float32 (or wider), a copy of one layer and of the head at a time: between two passes in half precision lies a KL
+    of its own (0.0005 on the 270M), in which what a layer costs at 8 bits would drown.
+
+    Args: as ``measure_sensitivity`` takes them.
+    """
+    x, context = model.begin(text)
+    wide, pick = accumulation_dtype(x.dtype), slice(min(every, x.shape[1]) - 1, None, every)
+
+    def run(residual: Tensor, layers: Iterable[DecoderLayer]) -> Tensor:
+        for layer in layers:
+            exact = all(p.dtype == wide for p in layer.parameters())
+            residual = (layer if exact else copy.deepcopy(layer).to(wide))(residual, context)
+        return residual
+
+    with torch.autocast(x.device.type, enabled=False):
+        residuals = [x.to(wide)]
+        for layer in model.layers:
+            residuals.append(run(residuals[-1], [layer]))
+        divergence = OutputDivergence(
+            read_outputs(model.norm(residuals[-1]), context, pick), model.head_weight.to(wide)
+        )  # fmt: skip
+        result: dict[int, float] = {}
+        bar = {"desc": "measuring layers", "unit": "layer", "leave": False, "disable": not is_first()}
+        for index in tqdm(student.converted_layers, **bar):
+            last = run(residuals[index], [student.layers[index], *model.layers[index + 1 :]])
+            result[index] = divergence(read_outputs(model.norm(last), context, pick))
+    return result
+
+
+@torch.no_grad()
 def output_kl(
     model: Gemma3ForCausalLM, student: Gemma3ForCausalLM, text: Tensor | Mapping[str, Tensor], every: int = 4
 ) -> float:
