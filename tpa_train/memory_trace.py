@@ -41,7 +41,7 @@ from tpa_train.tpa.spec import LayerSpec
 
 FUSED_BYTES = 14 << 27  # of logits that the fused loss keeps (divergence_kernel.CHUNK_BYTES)
 UNITS = 3  # of sharded layers whole at once: one computes, another arrives in a buffer and leaves it for its weights
-LOSS_CHUNKS = 8  # of CHUNK_BYTES alive in the loss on a CPU: logits, probabilities, their ratio and the gradient
+LOSS_CHUNKS = 5  # of CHUNK_BYTES alive in the loss on a CPU: logits of both and what compares some of them; measured
 _ATTENTION = ("flash_attention", "efficient_attention", "varlen_attn")  # in the names of attention kernels
 
 

@@ -11,12 +11,13 @@ from tpa_train.distillation.losses import chunk_tokens, linear_kl, normalised_er
 N, D, V = 23, 12, 101
 
 
-@pytest.fixture(params=[1, 4, 10**6], ids=["one", "four", "all"])
+@pytest.fixture(params=[(1, 1), (4, 3), (10**6, 5)], ids=["one", "four", "all"])
 def chunk(request, monkeypatch):
-    """Tokens a chunk; 23 is a multiple of neither."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", {"cpu": request.param * V * 8})
-    assert chunk_tokens(V, torch.device("cpu"), torch.float64) == request.param
-    return request.param
+    """Tokens a chunk, of which some are compared at a time; 23 is a multiple of neither."""
+    for name, tokens in zip(("CHUNK_BYTES", "COMPARED_BYTES"), request.param, strict=True):
+        monkeypatch.setattr(losses, name, {"cpu": tokens * V * 8})
+        assert chunk_tokens(V, torch.device("cpu"), torch.float64, getattr(losses, name)) == tokens
+    return request.param[0]
 
 
 def _random(dtype=torch.float64, seed=0):

@@ -13,6 +13,7 @@ precision heads go through the Triton kernels of ``divergence_kernel.py``; every
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -22,11 +23,17 @@ from tpa_train.distillation.divergence import Divergence, divergence_and_gradien
 from tpa_train.gemma3.layers import accumulation_dtype
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # of one chunk's logits in the accumulation type
+# Of the logits that are compared at a time: several tensors of that size live at once, and on a CPU large ones come as
+# new pages from the system every time.
+COMPARED_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
-def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Returns how many tokens' logits are held at a time on ``device``."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+def chunk_tokens(
+    vocab_size: int, device: torch.device, dtype: torch.dtype, budgets: Mapping[str, int] | None = None
+) -> int:
+    """Returns how many tokens' logits are held at a time on ``device``; ``budgets``: in place of ``CHUNK_BYTES``."""
+    budgets = CHUNK_BYTES if budgets is None else budgets
+    budget = budgets.get(device.type, budgets["cpu"])
     return max(1, budget // (vocab_size * accumulation_dtype(dtype).itemsize))
 
 
@@ -75,6 +82,7 @@ class TorchDivergence:
         self.shared = same_tensor(student_head, teacher_head)
         self.wide = torch.promote_types(accumulation_dtype(student_head.dtype), accumulation_dtype(teacher_head.dtype))
         self.step = chunk_tokens(student_head.shape[0], student.device, self.wide)
+        self.compared = chunk_tokens(student_head.shape[0], student.device, self.wide, COMPARED_BYTES)
 
     def __call__(self, part: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         student, teacher, t = self.student[part], self.teacher[part], self.divergence.temperature
@@ -84,7 +92,14 @@ class TorchDivergence:
         else:
             y = head_logits(student, self.student_head).to(self.wide).div_(t).sub_(x)
         labels = None if self.labels is None else self.labels[part]
-        return divergence_and_gradient(x, y, self.divergence, labels, with_gradient)
+        losses = y.new_empty(len(y))
+        for first in range(0, len(y), self.compared):
+            rows = slice(first, first + self.compared)
+            own = None if labels is None else labels[rows]
+            losses[rows], gradient = divergence_and_gradient(x[rows], y[rows], self.divergence, own, with_gradient)
+            if gradient is not None:
+                y[rows] = gradient
+        return losses, y if with_gradient else None
 
     def times_head(self, gradient: Tensor) -> Tensor:
         return gradient.to(self.student_head.dtype) @ self.student_head

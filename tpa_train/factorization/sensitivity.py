@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tpa_train.distillation.losses import chunk_tokens, head_logits, linear_kl
+from tpa_train.distillation.losses import COMPARED_BYTES, chunk_tokens, head_logits, linear_kl
 from tpa_train.distributed.processes import is_first, merged, share
 from tpa_train.factorization.solutions import Bases, layer_factors
 from tpa_train.gemma3.attention import AttentionContext
@@ -61,15 +61,18 @@ class OutputDivergence:
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
         self.head = head
         self.step = chunk_tokens(head.shape[0], hidden.device, head.dtype)
+        self.compared = chunk_tokens(head.shape[0], hidden.device, head.dtype, COMPARED_BYTES)
         self.reference = [head_logits(part, head).log_softmax(-1) for part in hidden.split(self.step)]
 
     def __call__(self, hidden: Tensor) -> float:
         """Returns the mean KL for the changed model's hidden states [N, D]."""
-        total = 0.0
-        for expected, part in zip(self.reference, hidden.split(self.step), strict=True):
-            changed = head_logits(part, self.head).log_softmax(-1)
-            total += float((expected.exp() * (expected - changed)).sum(dtype=torch.float64))
-        return total / hidden.shape[0]
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for reference, part in zip(self.reference, hidden.split(self.step), strict=True):
+            logits = head_logits(part, self.head)
+            for expected, own in zip(reference.split(self.compared), logits.split(self.compared), strict=True):
+                changed = own.log_softmax(-1)
+                total += (expected.exp() * (expected - changed)).sum(dtype=torch.float64)
+        return float(total) / hidden.shape[0]
 
 
 class OutputRun:
