@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode import plan
+from tpa_train.tpa.decode.chain import begin_next
 from tpa_train.tpa.decode.unpacking import dot, narrow, operand, order, zeros
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
@@ -194,7 +195,7 @@ def attend_direct(
     KEY_PIECES: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G / PER_PROGRAM, splits, B).
 
@@ -204,8 +205,9 @@ def attend_direct(
         stored: the layer's buffers, scales as int32 [rows, slots, ..., groups] (a pair of float16 each).
         key_weights, value_weights: float32 [rows, G], read in mode CONSTANT.
     ``pitch``: tokens from one row of the buffers to the next. ``scale``: of scores, log2(e) included. NORM: tensor of
-    the scores' [1, G] factors of a token, −1 without.
+    the scores' [1, G] factors of a token, −1 without. DEPENDENT: see ``chain``.
     """
+    begin_next(DEPENDENT and SPLIT)
     begin, end, first, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
     if SPLIT:
         if begin >= end:

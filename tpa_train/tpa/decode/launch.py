@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
-from tpa_train.tpa.decode import absorbed, kernel, rebuilt
+from tpa_train.tpa.decode import absorbed, chain, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, Rows, pieces, plan_of, power_of_two
@@ -153,7 +153,8 @@ def prepare(
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
         kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
-        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
+        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept, "AHEAD": tiles.ahead}
+        options["WIDTHS"] = tuple(t[0, 0].numel() for t in stored)
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -178,7 +179,16 @@ def prepare(
         }  # fmt: skip
         arguments = (partial, lse, out, cached.lengths, cached.slots, splits)
         launches.append(Launch(joining.combine, (triton.cdiv(width, columns), batch * heads), arguments, options))
-    return out, launches
+    return out, _chained(launches, chain.overlaps(tiles.dependent, queries.device))
+
+
+def _chained(launches: list[Launch], overlap: bool) -> list[Launch]:
+    """Returns the launches of a step, all but the first of which may begin before the one before has ended."""
+    overlap = overlap and len(launches) > 1
+    options: list[dict[str, Any]] = [{"DEPENDENT": overlap} for _ in launches]
+    for chosen_too in options[1:] if overlap else ():
+        chosen_too["launch_pdl"] = True
+    return [replace(x, options=x.options | more) for x, more in zip(launches, options, strict=True)]
 
 
 def _pitch(stored: Tensor) -> int:
@@ -218,7 +228,6 @@ def _absorb(
     groups, across, spans, steps = (
         len(plan.offset), power_of_two(rank), _steps(cached, found.span), _steps(cached, tiles.tokens)
     )  # fmt: skip
-    both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
     w = queries.new_empty(batch, heads, spans, found.terms, rank)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
     turned = queries.new_empty(batch, heads, steps, fast, 2) if fast else queries  # not touched where there are none
@@ -232,25 +241,31 @@ def _absorb(
             break
         each *= 2
     parts = triton.cdiv(across, MADE_AT_ONCE)  # of a wide latent, each in a program of its own
-    blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
-    launches = [
-        Launch(
-            absorbed.lay_out_queries, (blocks, heads, batch),
-            (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
-            {
-                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens,
-                "BK": LEAST, "BR": 64, "BT": at_once, **shared, **dtype,
-            },
-        ),
-        Launch(
-            absorbed.absorb, (rows, heads // each * parts, batch),
-            (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
-            {
-                "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": each * across // parts, "BK": min(64, rest & -rest),
-                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
-            },
-        ),
-    ]  # fmt: skip
+    blocks, turning = rest // LEAST, triton.cdiv(steps, at_once) if fast else 0
+    turns, wide = found.turns(cached.rotary, spans, queries.dtype), each * across // parts
+    laid_out = {
+        "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens, "BT": at_once,
+    }  # fmt: skip
+    made = {
+        "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": wide, "BK": min(64, rest & -rest),
+        "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
+    }  # fmt: skip
+    grid = heads // each * parts, batch
+    if tiles.fused:
+        # Twice as many operands at a time as apart, so half as wide where they are wide.
+        made |= {"BK": min(64 if wide <= 128 else 32, made["BK"]), "num_stages": 2}
+        arguments = (queries, up, plan.offset, turns, w, bias, turned, *cached.rotary, cached.lengths, spans, steps)
+        launches = [Launch(absorbed.absorb_at_once, (rows + turning, *grid), arguments, laid_out | made)]
+    else:
+        both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
+        launches = [
+            Launch(
+                absorbed.lay_out_queries, (blocks + turning, heads, batch),
+                (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
+                laid_out | shared | dtype | {"BK": LEAST, "BR": 64},
+            ),
+            Launch(absorbed.absorb, (rows, *grid), (both, along, turns, w, bias, cached.lengths, spans), made),
+        ]  # fmt: skip
     return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
 
 
