@@ -114,11 +114,11 @@ def compile_launch(launch: Launch) -> dict:
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name], hints[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
-            signature[name] = tuple(TYPES[t.dtype] for t in value)
-            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif launch.kernel.params[i].is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(TYPES[t.dtype] for t in value)
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif isinstance(value, int):  # no hints: the kernels specialize for none
             signature[name] = "i32"
         else:

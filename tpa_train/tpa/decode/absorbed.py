@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode.chain import await_previous, begin_next, fetch_rows
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
+from tpa_train.tpa.decode.chain import await_previous, begin_next, fetch_parts, fetch_rows
+from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of, split_size
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
 
@@ -69,12 +69,29 @@ def _turn(
     tl.store(to + tl.arange(0, 2 * FAST)[None, :], both, mask=keep)
 
 
-@triton.jit(do_not_specialize=("tiles",))
+@triton.jit
+def _fetch_cache(
+    stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS: tl.constexpr, T: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """Has the L2 cache load the first ``fetched`` tokens of each part of a sequence; nothing where WIDTHS, numbers of a
+    token in each of ``stored``, are none."""
+    if len(WIDTHS) > 0:
+        held = tl.minimum(tl.load(lengths + tl.program_id(2)), slots)
+        at = tl.program_id(2)
+        if HAS_ROWS:
+            at = tl.load(rows + at)
+        part, parts = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
+        size = split_size(held, splits, T)
+        for i in tl.static_range(len(WIDTHS)):
+            fetch_parts(stored[i], at.to(tl.int64) * pitch, held, size, fetched, part, parts, WIDTHS[i])
+
+
+@triton.jit(do_not_specialize=("tiles", "slots", "pitch", "splits", "fetched"))
 def lay_out_queries(
-    q, both, along, up, offset, turned, cos, sin, lengths, tiles,
+    q, both, along, up, offset, turned, cos, sin, lengths, tiles, rows, stored, slots, pitch, splits, fetched,
     d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, R: tl.constexpr,
     FAST: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr, HAS_ROWS: tl.constexpr, WIDTHS: tl.constexpr,
 ):  # fmt: skip
     """Grid ((HB − FAST) / BK and, with fast pairs, ⌈tiles / BT⌉ more, H, B).
 
@@ -86,8 +103,10 @@ def lay_out_queries(
         offset: keys of a zero latent, float32 [G, 2, HB].
         turned: written, [B, H, tiles, FAST, 2]; tiles beyond ``lengths`` are left as they are.
         cos, sin: of the positions that tokens have, float32 [capacity, d/2].
+        rows, stored: of ``attend_absorbed``, as what follows them; see ``_fetch_cache``.
     """
     begin_next(DEPENDENT)
+    _fetch_cache(stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS, T, WIDTHS)
     head, sequence = tl.program_id(1), tl.program_id(2)
     group = head // REPEATS
     place = sequence * (GROUPS * REPEATS) + head
@@ -102,6 +121,13 @@ def lay_out_queries(
         first = (tl.program_id(0) - BLOCKS) * BT
         if first * T < tl.load(lengths + sequence):
             _turn(q, turned, cos, sin, place, first + tl.arange(0, BT), tiles, d, FAST, T, DTYPE)
+
+
+@triton.jit
+def _fetch_turns(turns, start, spans, J: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr):
+    """Has the L2 cache load the left side of a product, which is the same for all heads and sequences."""
+    part, parts = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(1) * tl.num_programs(2)
+    fetch_rows(turns, start.to(tl.int64), tl.minimum(BM, spans * J - start), part, parts, 2 * HB)
 
 
 @triton.jit(do_not_specialize=("spans",))
@@ -124,9 +150,8 @@ def absorb(
     if start // J * S >= tl.load(lengths + tl.program_id(2)):
         await_previous(DEPENDENT)
         return
-    if DEPENDENT:  # the left side is the same for all heads and sequences
-        part, parts = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(1) * tl.num_programs(2)
-        fetch_rows(turns, start.to(tl.int64), tl.minimum(BM, spans * J - start), part, parts, 2 * HB)
+    if DEPENDENT:
+        _fetch_turns(turns, start, spans, J, HB, BM)
     block = tl.program_id(1) % BLOCKS
     first = (tl.program_id(2) * (tl.num_programs(1) // BLOCKS) + tl.program_id(1) // BLOCKS) * HEADS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -152,20 +177,24 @@ def absorb(
     tl.store(w + at * R + r[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
 
 
-@triton.jit(do_not_specialize=("spans", "tiles"))
+@triton.jit(do_not_specialize=("spans", "tiles", "slots", "pitch", "splits", "fetched"))
 def absorb_at_once(
-    q, up, offset, turns, w, bias, turned, cos, sin, lengths, spans, tiles,
+    q, up, offset, turns, w, bias, turned, cos, sin, lengths, spans, tiles, rows, stored, slots, pitch, splits, fetched,
     d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, T: tl.constexpr,
     BT: tl.constexpr, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr, FAST: tl.constexpr,
     HB: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr, HAS_ROWS: tl.constexpr, WIDTHS: tl.constexpr,
 ):  # fmt: skip
     """``lay_out_queries`` and ``absorb`` in one; arguments and constants are theirs.
 
     Grid as ``absorb`` and, with fast pairs, ⌈tiles / BT⌉ more on the first axis, which turn the queries of HEADS.
     """
     begin_next(DEPENDENT)
-    length, start = tl.load(lengths + tl.program_id(2)), tl.program_id(0) * BM
+    start = tl.program_id(0) * BM
+    if len(WIDTHS) > 0:  # first what this kernel reads itself
+        _fetch_turns(turns, start, spans, J, HB, BM)
+    _fetch_cache(stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS, T, WIDTHS)
+    length = tl.load(lengths + tl.program_id(2))
     block = tl.program_id(1) % BLOCKS
     first = tl.program_id(1) // BLOCKS * HEADS  # of the sequence's heads
     base_place = tl.program_id(2) * (GROUPS * REPEATS)
@@ -229,7 +258,7 @@ def attend_absorbed(
     JOINED: tl.constexpr, FAST: tl.constexpr, KEPT: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
-    DEPENDENT: tl.constexpr, AHEAD: tl.constexpr, WIDTHS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, splits, B). As ``kernel.attend_direct``, and
 
@@ -242,8 +271,6 @@ def attend_absorbed(
     NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
     KEPT: whether the table is kept in registers.
     JOINED: KV heads whose latents, side by side, are one row; GROUPS, REPEATS, RH and PIECES count such rows.
-    AHEAD: tiles that the L2 cache loads meanwhile where this kernel awaits others; WIDTHS: numbers of a token in each
-    of ``stored``.
     """
     begin_next(DEPENDENT and SPLIT)
     begin, end, _, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
@@ -252,10 +279,6 @@ def attend_absorbed(
             await_previous(DEPENDENT)
             return
     row = tl.program_id(0)
-    if DEPENDENT and AHEAD > 0:  # tokens of all KV heads, so a share each
-        for i in tl.static_range(len(WIDTHS)):
-            count = tl.minimum(AHEAD * T, end - begin)
-            fetch_rows(stored[i], sequence + begin, count, row, tl.num_programs(0), WIDTHS[i])
     # Columns of W are two terms of every head, then two more: a thread has all of a head's in a product's result.
     column = tl.arange(0, RH * J)
     member, term = column // 2 % RH, column // (2 * RH) * 2 + column % 2

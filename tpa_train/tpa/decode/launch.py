@@ -153,8 +153,8 @@ def prepare(
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
         kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
-        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept, "AHEAD": tiles.ahead}
-        options["WIDTHS"] = tuple(t[0, 0].numel() for t in stored)
+        options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
+        launches[0] = _fetching(launches[0], cached, stored, pitch, splits, tiles.ahead)
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -237,7 +237,7 @@ def _absorb(
     rows, each = triton.cdiv(spans * found.terms, 128), 1
     # Several heads share what they all read, where enough programs are left.
     while 2 * each * across <= 128 and heads % (2 * each) == 0:
-        if rows * heads * batch < 4 * each * _processors(queries.device):
+        if rows * heads * batch < (3 if tiles.fused else 4) * each * _processors(queries.device):
             break
         each *= 2
     parts = triton.cdiv(across, MADE_AT_ONCE)  # of a wide latent, each in a program of its own
@@ -252,8 +252,9 @@ def _absorb(
     }  # fmt: skip
     grid = heads // each * parts, batch
     if tiles.fused:
-        # Twice as many operands at a time as apart, so half as wide where they are wide.
-        made |= {"BK": min(64 if wide <= 128 else 32, made["BK"]), "num_stages": 2}
+        # Several rounds: a loop's loads are under way together, those of a single round one after another. Three stages
+        # where that leaves room for two programs a processor.
+        made |= {"BK": min(32, made["BK"]), "num_stages": 3 if wide <= 64 else 2}
         arguments = (queries, up, plan.offset, turns, w, bias, turned, *cached.rotary, cached.lengths, spans, steps)
         launches = [Launch(absorbed.absorb_at_once, (rows + turning, *grid), arguments, laid_out | made)]
     else:
@@ -267,6 +268,19 @@ def _absorb(
             Launch(absorbed.absorb, (rows, *grid), (both, along, turns, w, bias, cached.lengths, spans), made),
         ]  # fmt: skip
     return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
+
+
+def _fetching(
+    launch: Launch, cached: CachedTokens, stored: tuple[Tensor, ...], pitch: int, splits: int, ahead: int
+) -> Launch:
+    """Returns a step's first launch with what it needs to have ``ahead`` MiB of the caches loaded."""
+    widths = tuple(t[0, 0].numel() for t in stored)
+    token = sum(n * t.itemsize for n, t in zip(widths, stored, strict=True))
+    fetched = (ahead << 20) // (len(cached.lengths) * splits * token)
+    options = {"HAS_ROWS": cached.rows is not None, "WIDTHS": widths if ahead and chain.able(stored[0].device) else ()}
+    rows = cached.lengths if cached.rows is None else cached.rows
+    more = (rows, stored, cached.slots, pitch, splits, fetched)
+    return replace(launch, arguments=(*launch.arguments, *more), options=launch.options | options)
 
 
 def _words(stored: Tensor) -> Tensor:
