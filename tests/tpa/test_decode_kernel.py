@@ -30,7 +30,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from tpa_train.tpa.decode import launch  # noqa: E402
+from tpa_train.tpa.decode import chain, launch  # noqa: E402
 from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
 from tpa_train.tpa.decode.plan import order, pieces, plan_of  # noqa: E402
@@ -116,6 +116,58 @@ def test_keys_that_are_never_built(form, theta, fast):
     assert error < 2e-6
     error, reference = _errors(attention, lengths, capacity, BF16, tiles=tiles, splits=2)
     assert error < 2 * reference < 3e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "spec,groups,changes,fast,processors",
+    [
+        (LayerSpec("latent", 35, "latent", 9, (6, 16), 16), 2, {}, 0, 132),  # a program a head, an offset
+        (LayerSpec("latent", 16, "latent", 9), 2, dict(rope_theta=40.0), 0, 1),  # four heads a program, several spans
+        (LayerSpec("latent", 32, "latent", 9), 2, dict(head_dim=128, rope_theta=1e4), 16, 1),  # and fast pairs
+        (LayerSpec("joint", 300, "joint", 300, cached_norm=True), 1, {}, 0, 132),  # two programs a head
+    ],
+)
+def test_one_kernel_makes_the_vectors_that_two_make(spec, groups, changes, fast, processors, monkeypatch):
+    monkeypatch.setattr(launch, "_processors", lambda device: processors)
+    attention = layer(groups, spec, **changes)
+    if processors == 1:
+        attention.keys.center.zero_()
+    queries, cached, _ = filled(attention, [37, 5], 40, F32)
+    args = (attention.to(DEVICE, F32), plan_of(attention, F32, torch.device(DEVICE)), queries.to(DEVICE))
+    found = []
+    for fused in (False, True):
+        tiles = dataclasses.replace(SMALL, tokens=32, largest=128, absorbed=True, fast=fast, fused=fused)
+        out, launches = prepare(*args, moved(cached, DEVICE), tiles, 2)
+        for item in launches:
+            item.run()
+        found.append(out)
+    assert [len(item.grid) for item in launches] == [3, 3, 2] and launches[0].options["CENTERED"] == (processors == 1)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
+
+
+def test_launches_of_a_step_overlap_where_the_device_can(monkeypatch):
+    attention = layer(2, FORMS["latent"]).float()
+    queries, cached, _ = filled(attention.double(), [18, 7], 20, F32)
+    tiles = dataclasses.replace(SMALL, absorbed=True, fast=0, dependent=True, ahead=1)
+    args = (attention.float(), plan_of(attention, F32, torch.device("cpu")), queries, cached)
+
+    def options(splits: int, **changes) -> list[tuple]:
+        launches = prepare(*args, dataclasses.replace(tiles, **changes), splits)[1]
+        assert not any(item.options.get("WIDTHS") for item in launches[1:])
+        return [tuple(item.options.get(name) for name in ("DEPENDENT", "launch_pdl")) for item in launches], launches[0]
+
+    if not CUDA:
+        assert options(2)[0] == 4 * [(False, None)] and options(2)[1].options["WIDTHS"] == ()
+    monkeypatch.setattr(chain, "able", lambda device: True)
+    found, first = options(2)
+    assert found == [(True, None), *3 * [(True, True)]]
+    # Numbers of a token, and tokens of each part of a sequence: a MiB, shared out among two of each.
+    assert first.options["WIDTHS"] == (70, 34) and first.arguments[-1] == (1 << 20) // (4 * 4 * 104)
+    found, first = options(2, dependent=False, ahead=0)
+    assert found == 4 * [(False, None)] and first.options["WIDTHS"] == ()
+    assert options(2, dependent=None)[0] == 4 * [(chain.DEPENDENT, chain.DEPENDENT or None)]
+    assert options(1, absorbed=False)[0] == [(False, None)]  # nothing follows
 
 
 @torch.no_grad()
@@ -343,14 +395,24 @@ def test_kernels_compile_for_an_h100():
     """Every kernel at real sizes, without a GPU: they fit a processor and use its matrix units."""
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-96-4bit", "joint-270m-128-norms"]
-    command = [sys.executable, str(script), *cases]
+    cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64"]
+    chained = ["latent-270m-96-4bit:dependent=1,ahead=8", "joint-270m-128-norms:dependent=1,fused=1,ahead=8"]
+    command = [sys.executable, str(script), *cases, *chained]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
-    assert [f["kernel"] for f in found] == ["attend_direct", "attend_rebuilt", *3 * absorbing]
+    expected = ["attend_direct", "attend_rebuilt", *absorbing]
+    expected += [*absorbing, "combine", "absorb_at_once", "attend_absorbed", "combine"]
+    assert [f["kernel"] for f in found] == expected
     for f in found:
-        assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and (f["wgmma"] > 0 or f["kernel"] == "lay_out_queries")
+        small = f["kernel"] in ("lay_out_queries", "combine")
+        assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and (f["wgmma"] > 0 or small)
+        # What the step's kernels write for each other is read when they have ended.
+        if f["case"] in cases or f["kernel"] in ("lay_out_queries", "absorb_at_once"):
+            assert f["early"] is None
+        else:
+            assert "lengths" in f["early"]
+            assert not {"both", "along", "turned", "w", "bias", "partial", "lse"} & set(f["early"])
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -377,3 +439,33 @@ def test_a_captured_step_follows_the_lengths(form, changes, monkeypatch):
         expected = attend_reference(ours, queries, cached)[live].double()
         exact = attend_reference(exactly, queries.double(), moved(cached, DEVICE, torch.float64))[live]
         assert (out[live] - exact).norm() < 1.5 * (expected - exact).norm() < 3e-2 * exact.norm()
+
+
+@pytest.mark.skipif(not CUDA or not chain.able(torch.device("cuda")), reason="needs a GPU whose launches can overlap")
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["contextual", "latent", "latent, fast pairs"])
+def test_overlapping_launches_give_what_others_do(form):
+    """In a graph, whose replays see other lengths and queries; what a kernel reads too early is of the one before."""
+    changes = {"head_dim": 128, "rope_theta": 1e4, "rope_scaling_factor": 1.0} if "fast" in form else {}
+    attention = layer(2, FORMS[form.partition(",")[0]], **changes)
+    queries, cached, _ = filled(attention, [300, 40, 170], 300, BF16)
+    queries, cached, ours = queries.to(DEVICE), moved(cached, DEVICE), attention.to(DEVICE, BF16)
+    usual = Tiles(absorbed="latent" in form or None, fast=16 if "fast" in form else 0, dependent=False)
+    kinds = [dataclasses.replace(usual, dependent=on, fused=fused, ahead=ahead)
+             for on in (False, True) for fused in (False, True) for ahead in (0, 1)]  # fmt: skip
+    replays = []
+    for tiles in kinds:
+        attend_triton(ours, queries, cached, tiles, 3)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend_triton(ours, queries, cached, tiles, 3)
+        replays.append((graph, out))
+    for lengths in ([300, 40, 170], [1, 299, 0], [128, 64, 257]):
+        cached.lengths.copy_(torch.tensor(lengths))
+        queries.mul_(-1)
+        live = torch.tensor(lengths) > 0
+        expected = attend_reference(ours, queries, cached)[live]
+        for tiles, (graph, out) in zip(kinds, replays, strict=True):
+            graph.replay()
+            error = (out[live] - expected).float().norm() / expected.float().norm()
+            assert out.isfinite().all() and error < 3e-2, (tiles, lengths)
