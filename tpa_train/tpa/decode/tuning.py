@@ -137,10 +137,8 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
     found.append(replace(first, dependent=True))
     if plan.rebuilt and plan.absorb(first.tokens) and first.absorbed is not False:
-        found += [
-            replace(first, dependent=True, fused=fused, ahead=ahead) for fused in (False, True) for ahead in (0, 8)
-        ]
-        found += [replace(first, fused=True), replace(first, dependent=True, fused=True, ahead=16)]
+        ways = ((True, False, 8), (False, True, 0), (True, True, 0), (True, True, 8), (True, True, 16))
+        found += [replace(first, dependent=on, fused=fused, ahead=ahead) for on, fused, ahead in ways]
     return list(dict.fromkeys(found))
 
 
