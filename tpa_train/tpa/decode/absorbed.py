@@ -130,6 +130,18 @@ def _fetch_turns(turns, start, spans, J: tl.constexpr, HB: tl.constexpr, BM: tl.
     fetch_rows(turns, start.to(tl.int64), tl.minimum(BM, spans * J - start), part, parts, 2 * HB)
 
 
+@triton.jit
+def _fetch_up(
+    up, first, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr
+):
+    """Has the L2 cache load U of HEADS query heads from the ``first`` on."""
+    owner, last = first // REPEATS, (first + HEADS - 1) // REPEATS
+    if not OWN_UP:
+        owner, last = 0 * owner, 0 * last
+    count = (last - owner + 1) * (2 * R)
+    fetch_rows(up, owner.to(tl.int64) * (2 * R), count, tl.program_id(0), tl.num_programs(0), HB)
+
+
 @triton.jit(do_not_specialize=("spans",))
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
@@ -193,6 +205,7 @@ def absorb_at_once(
     start = tl.program_id(0) * BM
     if len(WIDTHS) > 0:  # first what this kernel reads itself
         _fetch_turns(turns, start, spans, J, HB, BM)
+        _fetch_up(up, tl.program_id(1) // BLOCKS * HEADS, REPEATS, OWN_UP, R, HB, HEADS)
     _fetch_cache(stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS, T, WIDTHS)
     length = tl.load(lengths + tl.program_id(2))
     block = tl.program_id(1) % BLOCKS

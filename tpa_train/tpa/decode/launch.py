@@ -148,13 +148,18 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
+    fetched, ahead = _ahead(stored, batch * splits, tiles.ahead)
     if found is not None:
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
         kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
         options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
-        launches[0] = _fetching(launches[0], cached, stored, pitch, splits, tiles.ahead)
+        more = (arguments[5], stored, cached.slots, pitch, splits, fetched)
+        has_rows = {"HAS_ROWS": options["HAS_ROWS"]}
+        launches[0] = replace(
+            launches[0], arguments=(*launches[0].arguments, *more), options=launches[0].options | has_rows | ahead
+        )
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -167,8 +172,8 @@ def prepare(
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
     else:
-        options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
-        arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
+        options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program} | ahead
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, fetched), kernel.attend_direct
     launches.append(Launch(attend, (grid, splits, batch), arguments, options))
     if splits > 1:
         parts = min(128, power_of_two(splits))  # at a time: what one thread waits for, all others load meanwhile
@@ -270,17 +275,12 @@ def _absorb(
     return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
 
 
-def _fetching(
-    launch: Launch, cached: CachedTokens, stored: tuple[Tensor, ...], pitch: int, splits: int, ahead: int
-) -> Launch:
-    """Returns a step's first launch with what it needs to have ``ahead`` MiB of the caches loaded."""
+def _ahead(stored: tuple[Tensor, ...], parts: int, size: int) -> tuple[int, dict[str, Any]]:
+    """Returns the tokens of each of so many ``parts`` that are ``size`` MiB of the caches, and the option that has them
+    loaded ahead: the numbers of a token in each buffer."""
     widths = tuple(t[0, 0].numel() for t in stored)
     token = sum(n * t.itemsize for n, t in zip(widths, stored, strict=True))
-    fetched = (ahead << 20) // (len(cached.lengths) * splits * token)
-    options = {"HAS_ROWS": cached.rows is not None, "WIDTHS": widths if ahead and chain.able(stored[0].device) else ()}
-    rows = cached.lengths if cached.rows is None else cached.rows
-    more = (rows, stored, cached.slots, pitch, splits, fetched)
-    return replace(launch, arguments=(*launch.arguments, *more), options=launch.options | options)
+    return (size << 20) // (parts * token), {"WIDTHS": widths if size and chain.able(stored[0].device) else ()}
 
 
 def _words(stored: Tensor) -> Tensor:
