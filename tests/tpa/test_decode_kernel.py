@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,50 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from decode_cases import FORMS, filled, layer, moved
+from decode_kernels import BF16, CUDA, DEVICE, F16, F32, SMALL, bounds_of_loops, tl, triton  # noqa: F401
 
 from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table
-from tpa_train.tpa.decode import attend_cached
+from tpa_train.tpa.decode import attend_cached, launch
+from tpa_train.tpa.decode.absorbed import attend_absorbed
+from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare
+from tpa_train.tpa.decode.plan import order, pieces, plan_of
 from tpa_train.tpa.decode.reference import attend_reference
+from tpa_train.tpa.decode.tuning import FEW, default_tiles
+from tpa_train.tpa.decode.turning import turning
+from tpa_train.tpa.decode.unpacking import load_piece
+from tpa_train.tpa.decode.unpacking import order as order_of_columns
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.spec import LayerSpec
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed (the test extra has it for Linux on x86-64)", allow_module_level=True)
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no GPU, and not in Triton's interpreter (conftest.py)", allow_module_level=True)
-
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-from tpa_train.tpa.decode import chain, launch  # noqa: E402
-from tpa_train.tpa.decode.absorbed import attend_absorbed  # noqa: E402
-from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare  # noqa: E402
-from tpa_train.tpa.decode.plan import order, pieces, plan_of  # noqa: E402
-from tpa_train.tpa.decode.tiles import Tiles  # noqa: E402
-from tpa_train.tpa.decode.tuning import FEW, default_tiles  # noqa: E402
-from tpa_train.tpa.decode.turning import turning  # noqa: E402
-from tpa_train.tpa.decode.unpacking import load_piece  # noqa: E402
-from tpa_train.tpa.decode.unpacking import order as order_of_columns  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
-DEVICE = "cuda" if CUDA else "cpu"
-SMALL = Tiles(tokens=16, largest=32, columns=16, absorbed=False)
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(autouse=True)
-def bounds_of_loops(monkeypatch):
-    """Has the interpreter take the bounds of loops from its one-element arrays, which new versions of numpy refuse."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index_too(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
 
 
 def _errors(attention, lengths, capacity, dtype, rows=None, tiles=SMALL, splits=None):
@@ -116,58 +88,6 @@ def test_keys_that_are_never_built(form, theta, fast):
     assert error < 2e-6
     error, reference = _errors(attention, lengths, capacity, BF16, tiles=tiles, splits=2)
     assert error < 2 * reference < 3e-2
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "spec,groups,changes,fast,processors",
-    [
-        (LayerSpec("latent", 35, "latent", 9, (6, 16), 16), 2, {}, 0, 132),  # a program a head, an offset
-        (LayerSpec("latent", 16, "latent", 9), 2, dict(rope_theta=40.0), 0, 1),  # four heads a program, several spans
-        (LayerSpec("latent", 32, "latent", 9), 2, dict(head_dim=128, rope_theta=1e4), 16, 1),  # and fast pairs
-        (LayerSpec("joint", 300, "joint", 300, cached_norm=True), 1, {}, 0, 132),  # two programs a head
-    ],
-)
-def test_one_kernel_makes_the_vectors_that_two_make(spec, groups, changes, fast, processors, monkeypatch):
-    monkeypatch.setattr(launch, "_processors", lambda device: processors)
-    attention = layer(groups, spec, **changes)
-    if processors == 1:
-        attention.keys.center.zero_()
-    queries, cached, _ = filled(attention, [37, 5], 40, F32)
-    args = (attention.to(DEVICE, F32), plan_of(attention, F32, torch.device(DEVICE)), queries.to(DEVICE))
-    found = []
-    for fused in (False, True):
-        tiles = dataclasses.replace(SMALL, tokens=32, largest=128, absorbed=True, fast=fast, fused=fused)
-        out, launches = prepare(*args, moved(cached, DEVICE), tiles, 2)
-        for item in launches:
-            item.run()
-        found.append(out)
-    assert [len(item.grid) for item in launches] == [3, 3, 2] and launches[0].options["CENTERED"] == (processors == 1)
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
-
-
-def test_launches_of_a_step_overlap_where_the_device_can(monkeypatch):
-    attention = layer(2, FORMS["latent"]).float()
-    queries, cached, _ = filled(attention.double(), [18, 7], 20, F32)
-    tiles = dataclasses.replace(SMALL, absorbed=True, fast=0, dependent=True, ahead=1)
-    args = (attention.float(), plan_of(attention, F32, torch.device("cpu")), queries, cached)
-
-    def options(splits: int, **changes) -> list[tuple]:
-        launches = prepare(*args, dataclasses.replace(tiles, **changes), splits)[1]
-        assert not any(item.options.get("WIDTHS") for item in launches[1:])
-        return [tuple(item.options.get(name) for name in ("DEPENDENT", "launch_pdl")) for item in launches], launches[0]
-
-    if not CUDA:
-        assert options(2)[0] == 4 * [(False, None)] and options(2)[1].options["WIDTHS"] == ()
-    monkeypatch.setattr(chain, "able", lambda device: True)
-    found, first = options(2)
-    assert found == [(True, None), *3 * [(True, True)]]
-    # Numbers of a token, and tokens of each part of a sequence: a MiB, shared out among two of each.
-    assert first.options["WIDTHS"] == (70, 34) and first.arguments[-1] == (1 << 20) // (4 * 4 * 104)
-    found, first = options(2, dependent=False, ahead=0)
-    assert found == 4 * [(False, None)] and first.options["WIDTHS"] == ()
-    assert options(2, dependent=None)[0] == 4 * [(chain.DEPENDENT, chain.DEPENDENT or None)]
-    assert options(1, absorbed=False)[0] == [(False, None)]  # nothing follows
 
 
 @torch.no_grad()
@@ -439,33 +359,3 @@ def test_a_captured_step_follows_the_lengths(form, changes, monkeypatch):
         expected = attend_reference(ours, queries, cached)[live].double()
         exact = attend_reference(exactly, queries.double(), moved(cached, DEVICE, torch.float64))[live]
         assert (out[live] - exact).norm() < 1.5 * (expected - exact).norm() < 3e-2 * exact.norm()
-
-
-@pytest.mark.skipif(not CUDA or not chain.able(torch.device("cuda")), reason="needs a GPU whose launches can overlap")
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["contextual", "latent", "latent, fast pairs"])
-def test_overlapping_launches_give_what_others_do(form):
-    """In a graph, whose replays see other lengths and queries; what a kernel reads too early is of the one before."""
-    changes = {"head_dim": 128, "rope_theta": 1e4, "rope_scaling_factor": 1.0} if "fast" in form else {}
-    attention = layer(2, FORMS[form.partition(",")[0]], **changes)
-    queries, cached, _ = filled(attention, [300, 40, 170], 300, BF16)
-    queries, cached, ours = queries.to(DEVICE), moved(cached, DEVICE), attention.to(DEVICE, BF16)
-    usual = Tiles(absorbed="latent" in form or None, fast=16 if "fast" in form else 0, dependent=False)
-    kinds = [dataclasses.replace(usual, dependent=on, fused=fused, ahead=ahead)
-             for on in (False, True) for fused in (False, True) for ahead in (0, 1)]  # fmt: skip
-    replays = []
-    for tiles in kinds:
-        attend_triton(ours, queries, cached, tiles, 3)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = attend_triton(ours, queries, cached, tiles, 3)
-        replays.append((graph, out))
-    for lengths in ([300, 40, 170], [1, 299, 0], [128, 64, 257]):
-        cached.lengths.copy_(torch.tensor(lengths))
-        queries.mul_(-1)
-        live = torch.tensor(lengths) > 0
-        expected = attend_reference(ours, queries, cached)[live]
-        for tiles, (graph, out) in zip(kinds, replays, strict=True):
-            graph.replay()
-            error = (out[live] - expected).float().norm() / expected.float().norm()
-            assert out.isfinite().all() and error < 3e-2, (tiles, lengths)

@@ -139,7 +139,8 @@ def _fetch_up(
     if not OWN_UP:
         owner, last = 0 * owner, 0 * last
     count = (last - owner + 1) * (2 * R)
-    fetch_rows(up, owner.to(tl.int64) * (2 * R), count, tl.program_id(0), tl.num_programs(0), HB)
+    part, parts = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(2)
+    fetch_rows(up, owner.to(tl.int64) * (2 * R), count, part, parts, HB)
 
 
 @triton.jit(do_not_specialize=("spans",))

@@ -64,13 +64,18 @@ def _numbers(part, parts):
 
 
 @triton.jit
-def _fetch(at, end):
-    """Has the L2 cache load up to PIECE bytes at each address ``at``, none from ``end`` on; both count in 16."""
-    size = (tl.minimum(tl.maximum(end - at, 0), PIECE) & -16).to(tl.int32)
+def _ask(at, size):
+    """Has the L2 cache load ``size`` bytes at each address ``at``, where there are any; both count in 16."""
     tl.inline_asm_elementwise(
         "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
         "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _fetch(at, end):
+    """Has the L2 cache load up to PIECE bytes at each address ``at``, a multiple of 16, none from ``end`` on."""
+    _ask(at, (tl.minimum(tl.maximum(end - at, 0), PIECE) & -16).to(tl.int32))
 
 
 @triton.jit
