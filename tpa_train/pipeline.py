@@ -319,21 +319,20 @@ def choose_student(
     layers = layers_to_convert(config, budget)
     text = sensitivity_text(session)
 
-    def spend(choices: dict[int, list[Choice]]) -> Candidate:
+    def better(best: Candidate | None, choices: dict[int, list[Choice]]) -> Candidate:
         specs, expected = allocate(config, budget, choices)
+        if best is not None and specs == best.student.specs:  # built and measured already
+            return best
         student = build_student(session.teacher, bases, specs)
         with session.machine.autocast():
-            return Candidate(student, choices, expected, output_kl(session.teacher, student, text))
+            found = Candidate(student, choices, expected, output_kl(session.teacher, student, text))
+        return found if best is None or found.measured < best.measured else best
 
     best = None
     for forms in mixes:  # no list of them: a student is memory
-        found = spend(choices_of(session, measured, replace(budget, forms=forms), layers))
-        best = found if best is None or found.measured < best.measured else best
+        best = better(best, choices_of(session, measured, replace(budget, forms=forms), layers))
     if not session.settings.trainer.offload:
-        with session.machine.autocast():
-            kls = layer_kls(session.teacher, best.student, text)
-        again = spend(corrected(best.choices, best.student.specs, kls))
-        best = again if again.measured < best.measured else best
+        best = better(best, corrected(best.choices, best.student.specs, layer_kls(session.teacher, best.student, text)))
     return best.student, {"expected": best.expected, "measured": best.measured}
 
 

@@ -178,8 +178,11 @@ class StageCosts:
         probes = len(plan_probes(c, self.budget, layers))
         if "joint" in self.budget.forms:  # their balance is measured first
             probes += 2 * len(layers) + 3 * sum(c.is_global(i) for i in layers)
-        if not self.settings.trainer.offload:  # what was chosen is measured too
+        if not self.settings.trainer.offload:  # what was chosen is measured too, in float32
             probes += len(layers)
+            if self.machine.dtype != torch.float32:
+                layer = max(sum(p.numel() for p in layer.parameters()) for layer in models.teacher.layers)
+                kept += 4 * (c.vocab_size * c.hidden_size + layer)
         logits = scored * c.vocab_size * 4 + 4 * chunk
         if self.on_cpu:  # moments, bases and the problems of joint latents, in float64
             kept += 3 * moment_bytes(c) * len(layers)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tpa_train.benchmarks.decode_caches import random_entries, randomize
-from tpa_train.benchmarks.decode_steps import describe_layers
+from tpa_train.benchmarks.decode_steps import describe_layers, open_export
 from tpa_train.benchmarks.journal import Journal, free_memory
 from tpa_train.benchmarks.record import table_of
 from tpa_train.benchmarks.static_decoding import StaticDecoder
@@ -162,9 +162,8 @@ def _ours(settings: DecodeModelSettings, cell: Cell, dense: Gemma3ForCausalLM, d
 
 
 def _exported(settings: DecodeModelSettings, dense: Gemma3ForCausalLM, device: torch.device) -> Contestant:
-    model = open_model(settings.export, settings.dtype, str(device)).requires_grad_(False)
-    if not hasattr(model, "specs") or model.config != dense.config:
-        raise UserError(f"export={settings.export} was not made from a model of the sizes of shape={settings.shape}.")
+    of = f"a model of the sizes of shape={settings.shape}"
+    model = open_export(settings.export, settings.dtype, str(device), dense, of).requires_grad_(False)
     details = {"layers": describe_layers(model.specs)}
     return Contestant(model, device, lambda batch, context: OurDecoding(model, batch, context, settings), details)
 

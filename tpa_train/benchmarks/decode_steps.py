@@ -99,10 +99,11 @@ def open_models(settings: DecodeStepSettings) -> dict[str, Gemma3ForCausalLM]:
     """
     original = open_model(settings.model, settings.dtype, settings.device)
     if settings.export is not None:
-        converted = open_model(settings.export, settings.dtype, settings.device)
-        if converted.config != original.config:
-            raise UserError(f"export={settings.export} was not made from a model of the sizes of {settings.model}.")
-        return {"original": original, "converted": converted}
+        of = f"a model of the sizes of {settings.model}"
+        return {
+            "original": original,
+            "converted": open_export(settings.export, settings.dtype, settings.device, original, of),
+        }
     config = original.config
     spec = form_spec(settings.form, config, settings.bits)
     specs = [spec if config.is_global(i) else dense for i, dense in enumerate(dense_specs(config))]
@@ -115,6 +116,22 @@ def open_models(settings: DecodeStepSettings) -> dict[str, Gemma3ForCausalLM]:
     for layer in converted.converted_layers:
         converted.layers[layer].self_attn.to(original.head_weight.device, original.head_weight.dtype)
     return {"original": original, "converted": converted}
+
+
+def open_export(
+    path: str, dtype: str, device: str, original: Gemma3ForCausalLM, of: str
+) -> Gemma3ForMultimodalLMwithTPA:
+    """Returns the converted model in the folder ``path``, which must have the sizes of ``original``.
+
+    ``dtype``, ``device``: as ``open_model`` takes them. ``of``: what the original is called in a refusal.
+
+    Raises:
+        UserError: it cannot be opened, or is not such a model.
+    """
+    model = open_model(path, dtype, device)
+    if not hasattr(model, "specs") or model.config != original.config:
+        raise UserError(f"export={path} was not made from {of}.")
+    return model
 
 
 @torch.inference_mode()

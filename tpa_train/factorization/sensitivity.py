@@ -72,6 +72,50 @@ class OutputDivergence:
         return total / hidden.shape[0]
 
 
+class OutputRun:
+    """A pass of the model over one text, kept as its residual streams, which changed models go on from.
+
+    Args:
+        model: the dense model.
+        text: token ids [B, L], or a batch as ``model.begin`` takes it.
+        every: the KL is taken at every so-many-th position; the head costs more than the layers.
+        dtype: to compute in, without autocast, a copy of one layer and of the head at a time; None: as the model's
+            weights and autocast have it.
+    """
+
+    def __init__(
+        self, model: Gemma3ForCausalLM, text: Tensor | Mapping[str, Tensor], every: int, dtype: torch.dtype | None
+    ) -> None:
+        x, self.context = model.begin(text)
+        self.model, self.dtype, self.kind = model, dtype, x.device.type
+        self.pick = slice(min(every, x.shape[1]) - 1, None, every)
+        self.residuals = [x if dtype is None else x.to(dtype)]  # below every layer, and the last one's output
+        for layer in model.layers:
+            self.residuals.append(self._run(self.residuals[-1], [layer]))
+        head, last = model.head_weight, self._final(self.residuals[-1])
+        with torch.autocast(self.kind, enabled=False):
+            self.divergence = OutputDivergence(last, head if dtype is None else head.to(dtype))
+
+    def kl(self, index: int, layer: DecoderLayer) -> float:
+        """Returns KL(model ‖ model with ``layer`` in the place of its layer ``index``), in nats a token."""
+        last = self._final(self._run(self.residuals[index], [layer, *self.model.layers[index + 1 :]]))
+        with torch.autocast(self.kind, enabled=False):
+            return self.divergence(last)
+
+    def _run(self, residual: Tensor, layers: Iterable[DecoderLayer]) -> Tensor:
+        for layer in layers:
+            if self.dtype is None:
+                residual = layer(residual, self.context)
+                continue
+            exact = all(p.dtype == self.dtype for p in layer.parameters())
+            with torch.autocast(self.kind, enabled=False):
+                residual = (layer if exact else copy.deepcopy(layer).to(self.dtype))(residual, self.context)
+        return residual
+
+    def _final(self, residual: Tensor) -> Tensor:
+        return read_outputs(self.model.norm(residual), self.context, self.pick)
+
+
 @torch.no_grad()
 def measure_sensitivity(
     model: Gemma3ForCausalLM,
@@ -87,35 +131,20 @@ def measure_sensitivity(
     the probes each; all return all of them.
 
     Args:
-        model: the dense model.
+        model, text, every: see ``OutputRun``.
         bases: directions of all probed layers.
         probes: what to change, one at a time.
-        text: token ids [B, L], or a batch as ``model.begin`` takes it.
-        every: the KL is taken at every so-many-th position; the head costs more than the layers.
         shared: whether processes share the work; otherwise this one does it all.
     """
     probes = sorted(set(probes))
     if not probes:
         return {}
-    x, context = model.begin(text)
-    residuals = [x]
-    for index in range(model.config.num_layers):
-        residuals.append(model.run_layers(residuals[-1], context, index, index + 1))
-    pick = slice(min(every, x.shape[1]) - 1, None, every)
-
-    def final(residual: Tensor) -> Tensor:
-        return read_outputs(model.norm(residual), context, pick)
-
-    with torch.autocast(x.device.type, enabled=False):
-        divergence = OutputDivergence(final(residuals[-1]), model.head_weight)
-    result: dict[Probe, float] = {}
+    run = OutputRun(model, text, every, None)
     bar = {"desc": "measuring sensitivities", "unit": "probe", "leave": False, "disable": not is_first()}
-    for probe in tqdm(share(probes) if shared else probes, **bar):
-        changed = changed_layer(model, bases, probe)
-        x = changed(residuals[probe.layer], context)
-        hidden = final(model.run_layers(x, context, probe.layer + 1))
-        with torch.autocast(x.device.type, enabled=False):
-            result[probe] = divergence(hidden)
+    result = {
+        probe: run.kl(probe.layer, changed_layer(model, bases, probe))
+        for probe in tqdm(share(probes) if shared else probes, **bar)
+    }
     return merged(result) if shared else result
 
 
@@ -125,33 +154,14 @@ def layer_kls(
 ) -> dict[int, float]:
     """Returns the output KL (nats a token) that each converted layer of ``student`` costs alone, among ``model``'s.
 
-    In float32 (or wider), a copy of one layer and of the head at a time: between two passes in half precision lies a KL
-    of its own (0.0005 on the 270M), in which what a layer costs at 8 bits would drown.
+    In float32 (or wider): between two passes in half precision lies a KL of its own (0.0005 on the 270M), in which what
+    a layer costs at 8 bits would drown.
 
-    Args: as ``measure_sensitivity`` takes them.
+    Args: as ``OutputRun`` takes them.
     """
-    x, context = model.begin(text)
-    wide, pick = accumulation_dtype(x.dtype), slice(min(every, x.shape[1]) - 1, None, every)
-
-    def run(residual: Tensor, layers: Iterable[DecoderLayer]) -> Tensor:
-        for layer in layers:
-            exact = all(p.dtype == wide for p in layer.parameters())
-            residual = (layer if exact else copy.deepcopy(layer).to(wide))(residual, context)
-        return residual
-
-    with torch.autocast(x.device.type, enabled=False):
-        residuals = [x.to(wide)]
-        for layer in model.layers:
-            residuals.append(run(residuals[-1], [layer]))
-        divergence = OutputDivergence(
-            read_outputs(model.norm(residuals[-1]), context, pick), model.head_weight.to(wide)
-        )  # fmt: skip
-        result: dict[int, float] = {}
-        bar = {"desc": "measuring layers", "unit": "layer", "leave": False, "disable": not is_first()}
-        for index in tqdm(student.converted_layers, **bar):
-            last = run(residuals[index], [student.layers[index], *model.layers[index + 1 :]])
-            result[index] = divergence(read_outputs(model.norm(last), context, pick))
-    return result
+    run = OutputRun(model, text, every, accumulation_dtype(model.head_weight.dtype))
+    bar = {"desc": "measuring layers", "unit": "layer", "leave": False, "disable": not is_first()}
+    return {index: run.kl(index, student.layers[index]) for index in tqdm(student.converted_layers, **bar)}
 
 
 @torch.no_grad()
