@@ -1,7 +1,9 @@
 """Compiles decoding kernels for an H100 without a GPU and prints one JSON line a case: what each launch takes of a
 processor. Needs a process in which Triton does not interpret.
 
-    python tests/tpa/compile_decode.py [tokens=64,warps=4,…] CASE ...      (all cases when none is named)
+    python tests/tpa/compile_decode.py CASE[:tokens=64,warps=4,…] ...      (all cases when none is named)
+
+Tiles are those that are chosen, changed as told.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +33,6 @@ from tpa_train.tpa.decode import CachedTokens
 from tpa_train.tpa.decode.combine import combine
 from tpa_train.tpa.decode.launch import Launch, prepare
 from tpa_train.tpa.decode.plan import plan_of
-from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import default_tiles
 from tpa_train.tpa.spec import LayerSpec
 
@@ -74,6 +78,7 @@ CASES = {
     "joint-270m-ring": ("270m", 0, S("joint", 160, "joint", 160, (8, 6, 4, 3, 16))),
     "joint-4b-512": ("4b", 5, S("joint", 512, "joint", 512, 8)),
     "contextual-4b-1": ("4b", 5, S("contextual", 1, "contextual", 1)),
+    "contextual-27b-1": ("27b", 5, S("contextual", 1, "contextual", 1)),
     "contextual-12b-2": ("12b", 5, S("contextual", 2, "contextual", 2)),
     "contextual-27b-2": ("27b", 5, S("contextual", 2, "contextual", 2)),
     "contextual-27b-14": ("27b", 5, S("contextual", 14, "contextual", 14)),
@@ -88,7 +93,7 @@ CASES = {
 
 
 def launches_of(
-    name: str, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16, batch: int = 1
+    name: str, changes: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.bfloat16, batch: int = 1
 ) -> list[Launch]:
     size, index, spec = CASES[name]
     config = SIZES[size]
@@ -102,7 +107,7 @@ def launches_of(
     cached = CachedTokens(stored, torch.ones(batch, dtype=torch.int32), table)
     queries = torch.zeros(batch, config.num_heads, config.head_dim, dtype=dtype)
     plan = plan_of(attention, dtype, queries.device)
-    return prepare(attention, plan, queries, cached, tiles or default_tiles(plan, dtype))[1]
+    return prepare(attention, plan, queries, cached, replace(default_tiles(plan, dtype), **(changes or {})))[1]
 
 
 def compile_launch(launch: Launch) -> dict:
@@ -114,11 +119,11 @@ def compile_launch(launch: Launch) -> dict:
         value = values[name]
         if isinstance(value, torch.Tensor):
             signature[name], hints[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
-            signature[name] = tuple(TYPES[t.dtype] for t in value)
-            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif launch.kernel.params[i].is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[name] = tuple(TYPES[t.dtype] for t in value)
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif isinstance(value, int):  # no hints: the kernels specialize for none
             signature[name] = "i32"
         else:
@@ -132,8 +137,33 @@ def compile_launch(launch: Launch) -> dict:
     return found | {
         "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
         "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
-        "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "asm": compiled.asm,
+        "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "early": read_early(ttgir), "asm": compiled.asm,
     }  # fmt: skip
+
+
+def read_early(ttgir: str) -> list[str] | None:
+    """Returns the arguments that a program reads before it awaits the kernel before; None where it does not await it.
+
+    Pointers come of other pointers, which are an operation's first operand.
+    """
+    lines = ttgir.splitlines()
+    waits = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    if not waits:
+        return None
+    made: dict[str, str] = {}
+    found = set()
+    for line in lines[: waits[-1]]:  # the others are of programs that have nothing to do
+        parsed = re.match(r"\s*(?:%(\w+) = )?(\S+) %(\w+)", line)
+        if parsed is None:
+            continue
+        result, operation, operand = parsed.groups()
+        if result is not None:
+            made[result] = operand
+        if operation in ("tt.load", "ttg.async_copy_global_to_local") or operation.startswith("tt.atomic"):
+            while operand in made:
+                operand = made[operand]
+            found.add(operand)
+    return sorted(found)
 
 
 def resources(ptx: str) -> dict:
@@ -152,16 +182,15 @@ def resources(ptx: str) -> dict:
 
 
 def main(names: list[str]) -> None:
-    tiles = None
-    if names and "=" in names[0]:
-        tiles = Tiles(**{k: int(v) for k, v in (item.split("=") for item in names.pop(0).split(","))})
-    for name in names or CASES:
-        for launch in launches_of(name, tiles):
-            if launch.kernel is combine:
+    for item in names or CASES:
+        name, _, changed = item.partition(":")
+        changes = {k: int(v) for k, v in (pair.split("=") for pair in changed.split(",") if pair)}
+        for launch in launches_of(name, changes):
+            if launch.kernel is combine and not changes.get("dependent"):
                 continue
             found = compile_launch(launch)
             found.pop("asm")
-            print(json.dumps({"case": name, **found}), flush=True)
+            print(json.dumps({"case": item, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.decode.chain import await_previous
 from tpa_train.tpa.decode.kernel import EMPTY, split_size
 from tpa_train.tpa.decode.unpacking import narrow
 
@@ -13,7 +14,7 @@ from tpa_train.tpa.decode.unpacking import narrow
 def combine(
     partial, lse, out, lengths, slots, splits,
     HEADS: tl.constexpr, E: tl.constexpr, T: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Σ_i 2^lse_i · partial_i / Σ_i 2^lse_i over the parts that hold tokens; grid (⌈E / BE⌉, B·H).
 
@@ -29,6 +30,7 @@ def combine(
     m = tl.full((1,), EMPTY, tl.float32)
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((BE,), tl.float32)
+    await_previous(DEPENDENT)
     for start in range(0, parts, BS):
         part = start + tl.arange(0, BS)
         keep = (part < parts)[:, None] & (column < E)[None, :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.decode.chain import begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax
 from tpa_train.tpa.decode.unpacking import dot, load_piece, narrow, operand, zeros
 
@@ -99,7 +100,7 @@ def attend_rebuilt(
     OWN_UP: tl.constexpr, HAS_RMS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr, LONGEST: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    HB: tl.constexpr, HC: tl.constexpr, DTYPE: tl.constexpr,
+    HB: tl.constexpr, HC: tl.constexpr, DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, splits, B); keys are rebuilt HC columns of each half at a time. As ``attend_direct``, and
 
@@ -109,8 +110,9 @@ def attend_rebuilt(
         gamma: 1 + w, float32 [2, HB]; read with HAS_RMS, where keys are normalised here (``eps``).
         relative: cos and sin of the positions 0 … LONGEST − 1, [2, LONGEST, HB].
         cos, sin: of the positions that tokens have, float32 [capacity, d/2].
-    NORM: tensor of factors [1, G] of a token that its scores take, −1 without.
+    NORM: tensor of factors [1, G] of a token that its scores take, −1 without. DEPENDENT: see ``chain``.
     """
+    begin_next(DEPENDENT and SPLIT)
     begin, end, first, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
     if SPLIT:
         if begin >= end:
