@@ -19,9 +19,9 @@ def _trainer(folder):
     )  # fmt: skip
 
 
-def _calibrate(model, layers, rows, folder, **options):
+def _calibrate(model, layers, rows, folder, batch_size=1, **options):
     module = CalibrationModule(model, layers, **options)
-    _trainer(folder).validate(module, DataLoader(rows, batch_size=1), verbose=False)
+    _trainer(folder).validate(module, DataLoader(rows, batch_size=batch_size), verbose=False)
     return module.result
 
 
@@ -93,7 +93,7 @@ def test_fisher_metric_and_value_moments_are_unbiased(groups, layer, every, tmp_
     )  # fmt: skip
     ids, rounds = tokens(model.config, 1, 12), 800
     rows = [{"token_ids": ids[0]}] * rounds
-    moments = _calibrate(model, [layer], rows, tmp_path, score_every=every).layers[layer]
+    moments = _calibrate(model, [layer], rows, tmp_path, batch_size=20, score_every=every).layers[layer]
     expected = _exact_fisher(model, layer, ids, every)
     assert float((moments.key_fisher / rounds - expected).norm() / expected.norm()) < 0.2
     assert float((moments.key_fisher / rounds).diagonal(dim1=1, dim2=2).sum()) == pytest.approx(

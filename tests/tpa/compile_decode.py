@@ -41,6 +41,7 @@ TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
 }  # fmt: skip
 CONTEXT = 4096
+WAITS = ("griddepcontrol.wait", "grid_dependency_wait")  # in Triton up to 3.6, and in newer ones
 S = LayerSpec
 # size, layer (5 is global, 0 local), specification, dtype
 CASES = {
@@ -147,7 +148,7 @@ def read_early(ttgir: str) -> list[str] | None:
     Pointers come of other pointers, which are an operation's first operand.
     """
     lines = ttgir.splitlines()
-    waits = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    waits = [i for i, line in enumerate(lines) if any(name in line for name in WAITS)]
     if not waits:
         return None
     made: dict[str, str] = {}
