@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU, its kernels are interpreted
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes the last would run alone: files with the real model come first, then those of most tests."""
+    if hasattr(config, "workerinput"):
+        real, tests = {item.path for item in items if item.get_closest_marker("real")}, Counter(i.path for i in items)
+        items.sort(key=lambda item: (item.path not in real, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -135,10 +135,6 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
         found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
-    found.append(replace(first, dependent=True))
-    if plan.rebuilt and plan.absorb(first.tokens) and first.absorbed is not False:
-        ways = ((True, False, 8), (False, True, 0), (True, True, 0), (True, True, 8), (True, True, 16))
-        found += [replace(first, dependent=on, fused=fused, ahead=ahead) for on, fused, ahead in ways]
     return list(dict.fromkeys(found))
 
 
