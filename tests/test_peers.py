@@ -207,6 +207,7 @@ def test_what_measured_layers_correct_is_spent_anew(make, monkeypatch):
         monkeypatch.setattr(pipeline, "output_kl", lambda *_: next(answers))  # noqa: B023
         specs, kls = choose_specs(session, measured)
         assert kls["measured"] == 0.1 and (specs == seen[-1]) == kept
+        assert (kls["first"] == 0.1) == kept
         assert cache_bytes(config, specs, 512) <= session.budget.bytes(config)
         if not kept:
             assert specs[5].bytes_per_token(config) > seen[-1][5].bytes_per_token(config)

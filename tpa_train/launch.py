@@ -224,10 +224,12 @@ class Run:
             self.session.measured = None
         seconds = {"calibration": measured.cost.seconds, "sensitivities": measured.probing_seconds}
         seconds["factorization"] = max(0.0, cost.seconds - sum(seconds.values()))
+        earlier = allocation["first"]
+        was = f" ({earlier:.4f} before layers were measured)" if earlier > allocation["measured"] else ""
         say(
             f"calibrated in {seconds['calibration']:.0f} s, {len(measured.sensitivities)} sensitivities measured in "
             f"{seconds['sensitivities']:.0f} s, allocated and factorized in {seconds['factorization']:.0f} s; KL on "
-            f"the sensitivity text {allocation['measured']:.4f}, expected {allocation['expected']:.4f}"
+            f"the sensitivity text {allocation['measured']:.4f}{was}, expected {allocation['expected']:.4f}"
         )
         return student, cost, allocation | {"seconds": seconds}
 

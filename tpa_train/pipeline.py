@@ -309,8 +309,8 @@ def choose_student(
     the better of the two is returned. Layers that are lent to the device one at a time are not measured.
 
     Returns:
-        The student, whose ``specs`` say what was chosen; the KL that the allocation expects ("expected") and the one
-        measured ("measured").
+        The student, whose ``specs`` say what was chosen; the KL that the allocation expects ("expected"), the one
+        measured ("measured"), and that of the student before the second spending ("first").
     """
     config, budget, bases = session.config, budget or session.budget, measured.bases
     mixes = [budget.forms]
@@ -331,9 +331,10 @@ def choose_student(
     best = None
     for forms in mixes:  # no list of them: a student is memory
         best = better(best, choices_of(session, measured, replace(budget, forms=forms), layers))
+    first = best.measured
     if not session.settings.trainer.offload:
         best = better(best, corrected(best.choices, best.student.specs, layer_kls(session.teacher, best.student, text)))
-    return best.student, {"expected": best.expected, "measured": best.measured}
+    return best.student, {"expected": best.expected, "measured": best.measured, "first": first}
 
 
 def choices_of(session: Session, measured: Measured, budget: Budget, layers: list[int]) -> dict[int, list[Choice]]:
@@ -380,7 +381,7 @@ def factorize_model(
         on_measured: called before anything is solved or converted, to record what was measured.
 
     Returns:
-        The student; tokens and time spent; what was measured; the allocation's expected and measured KL.
+        The student; tokens and time spent; what was measured; the allocation's KLs (``choose_student``).
     """
 
     def work() -> tuple:
