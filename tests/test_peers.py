@@ -222,7 +222,16 @@ def test_the_chosen_student_is_built_once(make, monkeypatch):
     monkeypatch.setattr(pipeline, "build_student", lambda *given: built.append(build_student(*given)) or built[-1])
     student, _, _, _ = factorize_model(session)
     assert len(built) <= 2 and student in built  # what measured layers correct is the second
+    assert len(built) == 1 or built[0].specs != built[1].specs
     assert set(student.output_metrics) == set(student.converted_layers)
+
+
+def test_a_student_that_is_chosen_again_is_not_built_again(make, monkeypatch):
+    session, built = make("budget.cache_ratio=4", "budget.forms=latent"), []
+    monkeypatch.setattr(pipeline, "build_student", lambda *given: built.append(build_student(*given)) or built[-1])
+    monkeypatch.setattr(pipeline, "corrected", lambda choices, *_: choices)
+    student, _, _, _ = factorize_model(session)
+    assert built == [student]
 
 
 def test_other_forms_that_were_measured_stay_out(make, monkeypatch):

@@ -190,10 +190,11 @@ def prepare(
 def _chained(launches: list[Launch], overlap: bool) -> list[Launch]:
     """Returns the launches of a step, all but the first of which may begin before the one before has ended."""
     overlap = overlap and len(launches) > 1
-    options: list[dict[str, Any]] = [{"DEPENDENT": overlap} for _ in launches]
-    for chosen_too in options[1:] if overlap else ():
-        chosen_too["launch_pdl"] = True
-    return [replace(x, options=x.options | more) for x, more in zip(launches, options, strict=True)]
+    found = []
+    for number, item in enumerate(launches):
+        early = {"launch_pdl": True} if overlap and number else {}
+        found.append(replace(item, options=item.options | {"DEPENDENT": overlap} | early))
+    return found
 
 
 def _pitch(stored: Tensor) -> int:
