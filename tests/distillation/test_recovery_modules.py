@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from tpa_train.distillation.end_to_end import EndToEndModule, next_tokens
 from tpa_train.distillation.layerwise import LayerwiseModule
 from tpa_train.distillation.modules import OptimizerSettings, schedule, trainable_names
 from tpa_train.errors import UserError
+from tpa_train.gemma3 import attention
 
 CONVERTED = [2, 4, 5]
 
@@ -78,6 +80,21 @@ def test_the_kl_is_that_of_the_whole_models(teacher):
     p, q = (m(batch["token_ids"], batch["document_ids"]).log_softmax(-1) for m in (teacher, student))
     expected = (p.exp() * (p - q)).sum(-1).mean()
     torch.testing.assert_close(metrics["kl"], expected.detach(), rtol=1e-10, atol=0)
+
+
+def test_batches_of_whole_rows_look_like_others_where_kernels_take_documents(monkeypatch):
+    """A pass that is compiled for batches of documents meets no other shape."""
+    monkeypatch.setattr(attention, "varlen_attn", lambda: None)
+    whole, parts = torch.zeros(2, 6, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1, 2], [0] * 6])
+
+    def sent(ids: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
+        module = SimpleNamespace(device=torch.device(device))
+        return EndToEndModule.on_before_batch_transfer(module, {"document_ids": ids}, 0)
+
+    one, several = sent(whole, "cuda"), sent(parts, "cuda")
+    assert one["cu_seqlens"].shape == several["cu_seqlens"].shape and one.keys() == several.keys()
+    assert one["cu_seqlens"][:3].tolist() == [0, 6, 12] and several["cu_seqlens"][:5].tolist() == [0, 2, 5, 6, 12]
+    assert not sent(whole, "cpu") and sent(parts, "cpu")["cu_seqlens"].tolist() == [0, 2, 5, 6, 12]
 
 
 def test_next_tokens_stay_in_their_document():

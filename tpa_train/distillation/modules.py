@@ -20,7 +20,7 @@ from tpa_train.distributed.processes import sum_over_processes, world_size
 from tpa_train.distributed.progress import adapt_progress
 from tpa_train.distributed.sharding import shard, whole
 from tpa_train.errors import UserError, nearest
-from tpa_train.gemma3.attention import document_offsets
+from tpa_train.gemma3.attention import document_offsets, takes_documents
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
@@ -207,7 +207,9 @@ class RecoveryModule(L.LightningModule):
         ids = batch.get("document_ids")
         if ids is None:
             return batch
-        if bool((ids[:, 0] == ids[:, -1]).all()):  # each row is one text; ids ascend
+        # Where kernels take documents, a batch of whole rows looks like any other: its own shape would have compiled
+        # passes compiled again, which takes minutes and may come once in thousands of steps.
+        if not takes_documents(self.device) and bool((ids[:, 0] == ids[:, -1]).all()):  # ids ascend
             return {name: tensor for name, tensor in batch.items() if name != "document_ids"}
         return batch | {"cu_seqlens": document_offsets(ids, filled=self.device.type == "cuda")}
 

@@ -156,9 +156,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
     return out.transpose(1, 2)
 
 
+def takes_documents(device: torch.device) -> bool:
+    """Whether flash attention over variable-length sequences is there, in half precision."""
+    return device.type == "cuda" and varlen_attn is not None
+
+
 def fuses(q: Tensor) -> bool:
     """Whether flash attention over variable-length sequences serves these queries."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
+    return takes_documents(q.device) and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
