@@ -21,6 +21,7 @@ from tpa_train.tpa.spec import LayerSpec
 DTYPE = torch.bfloat16  # of queries, weights and unquantized entries
 HIDDEN = 64  # size of the inputs that entries are made of: attention itself never sees it
 POOL = 32_749  # different tokens of a cache; a prime, so that no block of a kernel meets the same ones twice
+ROUNDS = 64  # sequences that are filled one by one
 # name -> form, and its rank; None: a quarter of head_dim (a joint latent: of as many numbers as two of that)
 FORMS: dict[str, tuple[str, int | None]] = {
     "latent": ("latent", None),
@@ -98,7 +99,8 @@ def random_queries(attention: Attention, batch: int, positions: Tensor, seed: in
 def random_entries(attention: Attention, buffers: tuple[Tensor, ...], seed: int) -> None:
     """Fills a layer's buffers [B, slots, …], one per item of its ``storage``, with the entries of random tokens.
 
-    At most ``POOL`` tokens are computed; every sequence goes round them from another start.
+    At most ``POOL`` tokens are computed; each of the first ``ROUNDS`` sequences goes round them from another start, and
+    later ones repeat these.
     """
     weight = next(attention.parameters())
     device, slots = weight.device, buffers[0].shape[1]
@@ -108,10 +110,13 @@ def random_entries(attention: Attention, buffers: tuple[Tensor, ...], seed: int)
     rotary = rotary_table(attention.config, attention.kind, torch.arange(pool, device=device))
     packed = attention.pack(attention.write(x, rotary))
     places = torch.arange(slots, device=device)
-    for row in range(len(buffers[0])):
+    for row in range(min(ROUNDS, len(buffers[0]))):
         taken = (places + row * (pool // 3 + 1)) % pool
         for buffer, tokens in zip(buffers, packed, strict=True):
             torch.index_select(tokens[0].to(buffer.dtype), 0, taken, out=buffer[row])
+    for buffer in buffers:
+        for later in buffer[ROUNDS:].split(ROUNDS):
+            later.copy_(buffer[: len(later)])
 
 
 def random_cache(attention: Attention, batch: int, context: int, seed: int) -> CachedTokens:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-DEPENDENT = False  # where tiles do not say: to be switched on when it has been measured
+DEPENDENT = True  # where tiles do not say
 CAPABILITY = (9, 0)
 LANES = tl.constexpr(128)  # pieces that a program asks the L2 cache for at most
 PIECE = tl.constexpr(4096)  # bytes of each

@@ -153,7 +153,8 @@ def prepare(
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        kept = found.fast <= 32 and tiles.registers is None  # a table of more pairs fills the registers
+        # A table of more pairs fills the registers, and so does one beside what unpacking needs.
+        kept = found.fast <= 32 and (tiles.registers is None or not packed)
         options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
         more = (arguments[5], stored, cached.slots, pitch, splits, fetched)
         has_rows = {"HAS_ROWS": options["HAS_ROWS"]}

@@ -26,6 +26,7 @@ FULL = 74, 112  # KiB of a processor that each of three and of two programs may 
 FEWER = 128  # numbers of a packed latent for which a thread does with 128 registers, and with 168 for twice as many
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
+SHORT = 65_536  # tokens of a launch up to which contextual forms are cut into one part a processor
 FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
@@ -50,11 +51,13 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
             if not found.fast:  # few registers, little in shared memory
                 narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
                 if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
-                    return Tiles(programs=4, joined=2, registers=128)
+                    return Tiles(warps=2, stages=3, programs=4, joined=2)
                 if not exact and plan.expand is None and rank <= 2 * FEWER:
                     if rank <= FEWER:
                         return Tiles(programs=4, registers=128)
                     return Tiles(largest=64, programs=3, registers=168)
+                if exact and rank <= WIDE:
+                    return Tiles(warps=2, stages=3, programs=4)
                 return Tiles(programs=4, stages=2 if rank <= WIDE else 1)
             if not exact and (packed := plan.absorb(tiles.tokens, fast=PACKED)) is not None:
                 joint = plan.expand is not None
@@ -79,8 +82,14 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     rows = [1 if r.mode == OWN or r.entry.rows > UNROLLED else r.entry.rows for r in (plan.keys, plan.values)]
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
     numbers += sum(r.entry.rows * plan.per_program for r in (plan.keys, plan.values) if r.mode == CACHED)
-    packed = not (plan.keys.entry.exact and plan.values.entry.exact)
-    return Tiles(tokens=64 if numbers <= 544 else 32 if numbers <= 1088 or packed else 16)
+    if not (plan.keys.entry.exact and plan.values.entry.exact):
+        return Tiles(tokens=64 if numbers <= 544 else 32)
+    if numbers > 1088:
+        return Tiles(tokens=16)
+    if numbers > 768:  # no room for a third stage
+        return Tiles()
+    short = tokens is not None and tokens <= SHORT
+    return Tiles(stages=3, programs=1 if short else 2)
 
 
 def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:
