@@ -316,19 +316,20 @@ def test_kernels_compile_for_an_h100():
     script, root = Path(__file__).parent / "compile_decode.py", Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-96-4bit", "joint-270m-128-norms"]
-    chained = ["latent-4b-64:dependent=1,ahead=8", "joint-270m-128-norms:dependent=1,fused=1,ahead=8"]
+    chained = ["latent-4b-64:dependent=1", "joint-270m-128-norms:dependent=1"]
     command = [sys.executable, str(script), *cases, *chained]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
-    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing]
-    expected += [*absorbing, "combine", "absorb_at_once", "attend_absorbed", "combine"]
+    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing, *2 * [*absorbing, "combine"]]
     assert [f["kernel"] for f in found] == expected
     for f in found:
         small = f["kernel"] in ("lay_out_queries", "combine")
-        assert f["spilled"] <= 256 and f["shared_kb"] <= 113 and (f["wgmma"] > 0 or small)
-        # What the step's kernels write for each other is read when they have ended.
-        if f["case"] in cases or f["kernel"] in ("lay_out_queries", "absorb_at_once"):
+        # Two programs share a processor, but of large tiles in three stages it holds one.
+        assert f["spilled"] <= 256 and f["shared_kb"] <= (227 if f["case"] == "contextual-4b-1" else 113)
+        assert f["wgmma" if f["warps"] >= 4 else "mma"] > 0 or small  # the newer products take four warps
+        # What the step's kernels write for each other is read when they have ended; its first one waits for none.
+        if f["kernel"] in ("attend_direct", "attend_rebuilt", "lay_out_queries"):
             assert f["early"] is None
         else:
             assert "lengths" in f["early"]

@@ -5,14 +5,11 @@ attention (DeepSeek-V2, arXiv:2405.04434, §2.1.2), although RoPE comes between 
 2. ``absorb``: W = X P + Y Q, J vectors for every span of S tokens; X and Y are constants of the span;
 3. ``attend_absorbed`` reads latents and W: score(t) = Σ_j φ_j(t) (W_j · c_t + a_j · k₀); values as in every kernel.
 
-Or ``absorb_at_once`` instead of 1. and 2.: its programs make the parts of P and Q that they need, and nobody else's
-are written and read. DEPENDENT: see ``chain``.
-
 Where the FAST first pairs of a key are rebuilt, 1. also turns their queries back to the first token of every tile, 2.
 leaves them out of W, and 3. adds their scores, as ``rebuilt`` has them.
 
 Shapes as in ``kernel``, and HB half a head, padded; RH query heads of a KV head, padded; BJ = RH · J; N spans; R
-numbers of a latent with its padding. No buffer is a ring: spans begin at multiples of S.
+numbers of a latent with its padding. No buffer is a ring: spans begin at multiples of S. DEPENDENT: see ``chain``.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode.chain import await_previous, begin_next, fetch_parts, fetch_rows
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of, split_size
+from tpa_train.tpa.decode.chain import await_previous, begin_next, fetch_rows
+from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
 
@@ -69,29 +66,12 @@ def _turn(
     tl.store(to + tl.arange(0, 2 * FAST)[None, :], both, mask=keep)
 
 
-@triton.jit
-def _fetch_cache(
-    stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS: tl.constexpr, T: tl.constexpr, WIDTHS: tl.constexpr
-):
-    """Has the L2 cache load the first ``fetched`` tokens of each part of a sequence; nothing where WIDTHS, numbers of a
-    token in each of ``stored``, are none."""
-    if len(WIDTHS) > 0:
-        held = tl.minimum(tl.load(lengths + tl.program_id(2)), slots)
-        at = tl.program_id(2)
-        if HAS_ROWS:
-            at = tl.load(rows + at)
-        part, parts = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
-        size = split_size(held, splits, T)
-        for i in tl.static_range(len(WIDTHS)):
-            fetch_parts(stored[i], at.to(tl.int64) * pitch, held, size, fetched, part, parts, WIDTHS[i])
-
-
-@triton.jit(do_not_specialize=("tiles", "slots", "pitch", "splits", "fetched"))
+@triton.jit(do_not_specialize=("tiles",))
 def lay_out_queries(
-    q, both, along, up, offset, turned, cos, sin, lengths, tiles, rows, stored, slots, pitch, splits, fetched,
+    q, both, along, up, offset, turned, cos, sin, lengths, tiles,
     d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, R: tl.constexpr,
     FAST: tl.constexpr, T: tl.constexpr, HB: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr, HAS_ROWS: tl.constexpr, WIDTHS: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid ((HB − FAST) / BK and, with fast pairs, ⌈tiles / BT⌉ more, H, B).
 
@@ -103,10 +83,8 @@ def lay_out_queries(
         offset: keys of a zero latent, float32 [G, 2, HB].
         turned: written, [B, H, tiles, FAST, 2]; tiles beyond ``lengths`` are left as they are.
         cos, sin: of the positions that tokens have, float32 [capacity, d/2].
-        rows, stored: of ``attend_absorbed``, as what follows them; see ``_fetch_cache``.
     """
     begin_next(DEPENDENT)
-    _fetch_cache(stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS, T, WIDTHS)
     head, sequence = tl.program_id(1), tl.program_id(2)
     group = head // REPEATS
     place = sequence * (GROUPS * REPEATS) + head
@@ -128,19 +106,6 @@ def _fetch_turns(turns, start, spans, J: tl.constexpr, HB: tl.constexpr, BM: tl.
     """Has the L2 cache load the left side of a product, which is the same for all heads and sequences."""
     part, parts = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(1) * tl.num_programs(2)
     fetch_rows(turns, start.to(tl.int64), tl.minimum(BM, spans * J - start), part, parts, 2 * HB)
-
-
-@triton.jit
-def _fetch_up(
-    up, first, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, R: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr
-):
-    """Has the L2 cache load U of HEADS query heads from the ``first`` on."""
-    owner, last = first // REPEATS, (first + HEADS - 1) // REPEATS
-    if not OWN_UP:
-        owner, last = 0 * owner, 0 * last
-    count = (last - owner + 1) * (2 * R)
-    part, parts = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(2)
-    fetch_rows(up, owner.to(tl.int64) * (2 * R), count, part, parts, HB)
 
 
 @triton.jit(do_not_specialize=("spans",))
@@ -188,72 +153,6 @@ def absorb(
         tl.store(bias + at, base, mask=kept[:, None] & (member < HEADS)[None, :])
     at = place.to(tl.int64)[None, :] * spans * J + row[:, None]
     tl.store(w + at * R + r[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
-
-
-@triton.jit(do_not_specialize=("spans", "tiles", "slots", "pitch", "splits", "fetched"))
-def absorb_at_once(
-    q, up, offset, turns, w, bias, turned, cos, sin, lengths, spans, tiles, rows, stored, slots, pitch, splits, fetched,
-    d: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, OWN_UP: tl.constexpr, T: tl.constexpr,
-    BT: tl.constexpr, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr, FAST: tl.constexpr,
-    HB: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr, HAS_ROWS: tl.constexpr, WIDTHS: tl.constexpr,
-):  # fmt: skip
-    """``lay_out_queries`` and ``absorb`` in one; arguments and constants are theirs.
-
-    Grid as ``absorb`` and, with fast pairs, ⌈tiles / BT⌉ more on the first axis, which turn the queries of HEADS.
-    """
-    begin_next(DEPENDENT)
-    start = tl.program_id(0) * BM
-    if len(WIDTHS) > 0:  # first what this kernel reads itself
-        _fetch_turns(turns, start, spans, J, HB, BM)
-        _fetch_up(up, tl.program_id(1) // BLOCKS * HEADS, REPEATS, OWN_UP, R, HB, HEADS)
-    _fetch_cache(stored, lengths, rows, slots, pitch, splits, fetched, HAS_ROWS, T, WIDTHS)
-    length = tl.load(lengths + tl.program_id(2))
-    block = tl.program_id(1) % BLOCKS
-    first = tl.program_id(1) // BLOCKS * HEADS  # of the sequence's heads
-    base_place = tl.program_id(2) * (GROUPS * REPEATS)
-    if start >= spans * J:
-        if FAST > 0:
-            tile = (tl.program_id(0) - tl.cdiv(spans * J, BM)) * BT
-            if (block == 0) & (tile * T < length):
-                for i in range(HEADS):
-                    place = base_place + first + i
-                    _turn(q, turned, cos, sin, place, tile + tl.arange(0, BT), tiles, d, FAST, T, DTYPE)
-    elif start // J * S < length:
-        row = start + tl.arange(0, BM)
-        kept = row < spans * J
-        n, member = tl.arange(0, BN), tl.arange(0, 16)
-        head, r = first + n // (BN // HEADS), block * BN + n % (BN // HEADS)
-        narrower = (r < R)[None, :]
-        own = head // REPEATS if OWN_UP else 0 * head
-        at_turns = turns + tl.where(kept, row, 0)[:, None] * (2 * HB)
-        at_up = up + (own * (2 * R * HB) + r * HB)[None, :]
-        # A head of its own takes the same query in all columns.
-        at_q = q + (base_place + (first + 0 * tl.arange(0, 1) if HEADS == 1 else head))[None, :] * d
-        mine = first + tl.where(member < HEADS, member, 0)
-        at_mine, at_offset = q + (base_place + mine)[None, :] * d, offset + (mine // REPEATS)[None, :] * (2 * HB)
-        total, base = zeros(BM, BN), zeros(BM, 16)
-        for column in range(FAST, HB, BK):
-            k = column + tl.arange(0, BK)
-            inside = (k < d // 2)[:, None]
-            x1, x2 = tl.load(at_turns + k[None, :]), tl.load(at_turns + HB + k[None, :])
-            u1 = tl.load(at_up + k[:, None], mask=narrower, other=0.0).to(tl.float32)
-            u2 = tl.load(at_up + R * HB + k[:, None], mask=narrower, other=0.0).to(tl.float32)
-            q1 = tl.load(at_q + k[:, None], mask=inside, other=0.0).to(tl.float32)
-            q2 = tl.load(at_q + d // 2 + k[:, None], mask=inside, other=0.0).to(tl.float32)
-            total = dot(x1, narrow(q1 * u1 + q2 * u2, DTYPE), total, DTYPE)
-            total = dot(x2, narrow(q2 * u1 - q1 * u2, DTYPE), total, DTYPE)
-            if not CENTERED:
-                q1 = tl.load(at_mine + k[:, None], mask=inside, other=0.0).to(tl.float32)
-                q2 = tl.load(at_mine + d // 2 + k[:, None], mask=inside, other=0.0).to(tl.float32)
-                o1, o2 = tl.load(at_offset + k[:, None]), tl.load(at_offset + HB + k[:, None])
-                base = dot(x1, narrow(q1 * o1 + q2 * o2, DTYPE), base, DTYPE)
-                base = dot(x2, narrow(q2 * o1 - q1 * o2, DTYPE), base, DTYPE)
-        if not CENTERED:
-            at = (base_place + mine).to(tl.int64)[None, :] * spans * J + row[:, None]
-            tl.store(bias + at, base, mask=kept[:, None] & (member < HEADS)[None, :])
-        at = (base_place + head).to(tl.int64)[None, :] * spans * J + row[:, None]
-        tl.store(w + at * R + r[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
 
 
 @triton.jit

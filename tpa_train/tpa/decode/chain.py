@@ -12,8 +12,6 @@ Why every program awaits, also one that has nothing to do: a kernel counts as en
 one after it relies on that for all kernels before. A step's first kernel is launched the ordinary way, after everything
 before the step has ended; its last one never calls ``begin_next``. So nothing outside a step sees any of this. Within
 it, every kernel writes only buffers of its own, which no earlier one reads: nothing is overwritten too early.
-
-``fetch_parts``: what a step's first kernel lets the memory do, while vectors are made that the cache is read with.
 """
 
 from __future__ import annotations
@@ -86,17 +84,3 @@ def fetch_rows(x, first, count, part, parts, WIDTH: tl.constexpr):
     begin = x.to(tl.int64) + first * BYTES
     at = (begin & -16) + _numbers(part, parts).to(tl.int64) * PIECE
     _fetch(at, begin + count.to(tl.int64) * BYTES)
-
-
-@triton.jit
-def fetch_parts(x, sequence, held, size, tokens, part, parts, WIDTH: tl.constexpr):
-    """Has the L2 cache load the first ``tokens`` of every ``size`` of the ``held`` ones of a sequence, WIDTH numbers
-    each; this program is one of several ``parts`` that share them."""
-    BYTES: tl.constexpr = WIDTH * x.dtype.element_ty.primitive_bitwidth // 8
-    number = _numbers(part, parts)
-    each = tl.maximum(tl.cdiv(tokens * BYTES, PIECE), 1)
-    start = (number // each).to(tl.int64) * size
-    base = x.to(tl.int64) + sequence * BYTES
-    begin = (base + start * BYTES) & -16
-    end = base + tl.minimum(start + tl.minimum(tokens, size), held) * BYTES
-    _fetch(begin + (number % each * PIECE).to(tl.int64), end)

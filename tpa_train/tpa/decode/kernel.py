@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode import plan
-from tpa_train.tpa.decode.chain import begin_next, fetch_rows
+from tpa_train.tpa.decode.chain import begin_next
 from tpa_train.tpa.decode.unpacking import dot, narrow, operand, order, zeros
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
@@ -187,15 +187,15 @@ def _row_scores(
     return s
 
 
-@triton.jit(do_not_specialize=("slots", "pitch", "splits", "fetched"))
+@triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_direct(
-    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, slots, pitch, splits, scale, fetched,
+    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, slots, pitch, splits, scale,
     d: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, PER_PROGRAM: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_TENSOR: tl.constexpr, NORM: tl.constexpr,
     KEY_PIECES: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr, WIDTHS: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G / PER_PROGRAM, splits, B).
 
@@ -205,9 +205,7 @@ def attend_direct(
         stored: the layer's buffers, scales as int32 [rows, slots, ..., groups] (a pair of float16 each).
         key_weights, value_weights: float32 [rows, G], read in mode CONSTANT.
     ``pitch``: tokens from one row of the buffers to the next. ``scale``: of scores, log2(e) included. NORM: tensor of
-    the scores' [1, G] factors of a token, −1 without. DEPENDENT: see ``chain``. WIDTHS: numbers of a token in each of
-    ``stored``, of which the L2 cache is asked for the first ``fetched`` tokens of a part while queries arrive; empty:
-    it is not.
+    the scores' [1, G] factors of a token, −1 without. DEPENDENT: see ``chain``.
     """
     begin_next(DEPENDENT and SPLIT)
     row = tl.program_id(0) * PER_PROGRAM
@@ -228,9 +226,6 @@ def attend_direct(
     if SPLIT:
         if begin >= end:
             return
-    for i in tl.static_range(0 if RING else len(WIDTHS)):
-        count = tl.minimum(fetched, end - begin)
-        fetch_rows(stored[i], sequence + begin, count, tl.program_id(0), tl.num_programs(0), WIDTHS[i])
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
     accs = no_values(VALUE_PIECES, BH)

@@ -148,7 +148,6 @@ def prepare(
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
-    fetched, ahead = _ahead(stored, batch * splits, tiles.ahead)
     if found is not None:
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
@@ -156,11 +155,6 @@ def prepare(
         # A table of more pairs fills the registers, and so does one beside what unpacking needs.
         kept = found.fast <= 32 and (tiles.registers is None or not packed)
         options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
-        more = (arguments[5], stored, cached.slots, pitch, splits, fetched)
-        has_rows = {"HAS_ROWS": options["HAS_ROWS"]}
-        launches[0] = replace(
-            launches[0], arguments=(*launches[0].arguments, *more), options=launches[0].options | has_rows | ahead
-        )
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
@@ -173,8 +167,8 @@ def prepare(
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
     else:
-        options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program} | ahead
-        arguments, attend = (*arguments, cached.slots, pitch, splits, scale, fetched), kernel.attend_direct
+        options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
+        arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
     launches.append(Launch(attend, (grid, splits, batch), arguments, options))
     if splits > 1:
         parts = min(128, power_of_two(splits))  # at a time: what one thread waits for, all others load meanwhile
@@ -235,6 +229,7 @@ def _absorb(
     groups, across, spans, steps = (
         len(plan.offset), power_of_two(rank), _steps(cached, found.span), _steps(cached, tiles.tokens)
     )  # fmt: skip
+    both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
     w = queries.new_empty(batch, heads, spans, found.terms, rank)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
     turned = queries.new_empty(batch, heads, steps, fast, 2) if fast else queries  # not touched where there are none
@@ -244,45 +239,30 @@ def _absorb(
     rows, each = triton.cdiv(spans * found.terms, 128), 1
     # Several heads share what they all read, where enough programs are left.
     while 2 * each * across <= 128 and heads % (2 * each) == 0:
-        if rows * heads * batch < (3 if tiles.fused else 4) * each * _processors(queries.device):
+        if rows * heads * batch < 4 * each * _processors(queries.device):
             break
         each *= 2
     parts = triton.cdiv(across, MADE_AT_ONCE)  # of a wide latent, each in a program of its own
-    blocks, turning = rest // LEAST, triton.cdiv(steps, at_once) if fast else 0
-    turns, wide = found.turns(cached.rotary, spans, queries.dtype), each * across // parts
-    laid_out = {
-        "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens, "BT": at_once,
-    }  # fmt: skip
-    made = {
-        "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": wide, "BK": min(64, rest & -rest),
-        "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
-    }  # fmt: skip
-    grid = heads // each * parts, batch
-    if tiles.fused:
-        # Several rounds: a loop's loads are under way together, those of a single round one after another. Three stages
-        # where that leaves room for two programs a processor.
-        made |= {"BK": min(32, made["BK"]), "num_stages": 3 if wide <= 64 else 2}
-        arguments = (queries, up, plan.offset, turns, w, bias, turned, *cached.rotary, cached.lengths, spans, steps)
-        launches = [Launch(absorbed.absorb_at_once, (rows + turning, *grid), arguments, laid_out | made)]
-    else:
-        both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
-        launches = [
-            Launch(
-                absorbed.lay_out_queries, (blocks + turning, heads, batch),
-                (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
-                laid_out | shared | dtype | {"BK": LEAST, "BR": 64},
-            ),
-            Launch(absorbed.absorb, (rows, *grid), (both, along, turns, w, bias, cached.lengths, spans), made),
-        ]  # fmt: skip
+    blocks = rest // LEAST + (triton.cdiv(steps, at_once) if fast else 0)
+    launches = [
+        Launch(
+            absorbed.lay_out_queries, (blocks, heads, batch),
+            (queries, both, along, up, plan.offset, turned, *cached.rotary, cached.lengths, steps),
+            {
+                "d": d, "GROUPS": groups, "REPEATS": heads // groups, "OWN_UP": owners > 1, "T": tiles.tokens,
+                "BK": LEAST, "BR": 64, "BT": at_once, **shared, **dtype,
+            },
+        ),
+        Launch(
+            absorbed.absorb, (rows, heads // each * parts, batch),
+            (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
+            {
+                "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": each * across // parts, "BK": min(64, rest & -rest),
+                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
+            },
+        ),
+    ]  # fmt: skip
     return launches, (w, bias, found.basis, turned, up, plan.offset, found.table), vectors | {"OWN_UP": owners > 1}
-
-
-def _ahead(stored: tuple[Tensor, ...], parts: int, size: int) -> tuple[int, dict[str, Any]]:
-    """Returns the tokens of each of so many ``parts`` that are ``size`` MiB of the caches, and the option that has them
-    loaded ahead: the numbers of a token in each buffer."""
-    widths = tuple(t[0, 0].numel() for t in stored)
-    token = sum(n * t.itemsize for n, t in zip(widths, stored, strict=True))
-    return (size << 20) // (parts * token), {"WIDTHS": widths if size and chain.able(stored[0].device) else ()}
 
 
 def _words(stored: Tensor) -> Tensor:

@@ -17,10 +17,7 @@ class Tiles:
     ``fast``: pairs of such keys that are rebuilt all the same, 0, 16, 32 or 64; None: as many as take the fewest.
     ``joined``: KV heads of a program where U is absorbed, if their latents can be read as one row; a power of two.
     ``registers``: the most that a thread of the attention kernel takes; None: what the compiler likes.
-    ``dependent``: whether the launches of a step overlap, where the device can; None: as ``chain`` says. ``fused``:
-    whether one kernel makes the vectors of absorbed keys instead of two. ``ahead``: MiB of a launch's caches that
-    memory is asked for while queries or vectors are on their way, where the device can; less than the L2 cache holds,
-    and not where keys are rebuilt.
+    ``dependent``: whether the launches of a step overlap, where the device can; None: as ``chain`` says.
 
     In half precision a tile of packed numbers has 32 tokens at least: of 16, Triton 3.6 computes wrong products.
     """
@@ -37,8 +34,6 @@ class Tiles:
     joined: int = 1
     registers: int | None = None
     dependent: bool | None = None
-    fused: bool = False
-    ahead: int = 0
 
     def splits(self, grid: int, slots: int, processors: int) -> int:
         """Returns into how many parts each context is cut, ``grid`` being the programs without splits.
