@@ -135,6 +135,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
                 found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
                 found += [Tiles(64, 4, 1, 64, programs=n, registers=r) for n, r in ((4, None), (3, 168))]
                 found += [Tiles(32, 1, 3, programs=8), Tiles(64, 2, 2, programs=6), Tiles(128, 8, 2, programs=3)]
+                found += [Tiles(64, 2, 3, programs=4)]
                 if plan.joins(2):
                     shapes = ((64, 4, 2, 3, None), (64, 4, 3, 3, 168), (128, 8, 2, 2, 128), (128, 4, 2, 3, 168))
                     found += [Tiles(*s[:3], programs=s[3], joined=2, registers=s[4]) for s in shapes]
@@ -144,6 +145,7 @@ def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
         found += [Tiles(*shape, programs=programs) for shape in shapes for programs in (2, 4)]
         found += [Tiles(64, 4, 2, programs=n, registers=r) for n, r in ((3, 168), (4, 128))]
         found += [Tiles(32, 2, 3, programs=8), Tiles(64, 4, 4, programs=1), Tiles(16, 4, 3, programs=4)]
+        found += [Tiles(64, 2, 3, programs=4), Tiles(32, 2, 3, programs=2), Tiles(64, 4, 3, programs=1)]
     return list(dict.fromkeys(found))
 
 
