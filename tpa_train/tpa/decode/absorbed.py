@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode.chain import await_previous, begin_next, fetch_rows
+from tpa_train.tpa.decode.chain import await_previous, begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
@@ -101,13 +101,6 @@ def lay_out_queries(
             _turn(q, turned, cos, sin, place, first + tl.arange(0, BT), tiles, d, FAST, T, DTYPE)
 
 
-@triton.jit
-def _fetch_turns(turns, start, spans, J: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr):
-    """Has the L2 cache load the left side of a product, which is the same for all heads and sequences."""
-    part, parts = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1), tl.num_programs(1) * tl.num_programs(2)
-    fetch_rows(turns, start.to(tl.int64), tl.minimum(BM, spans * J - start), part, parts, 2 * HB)
-
-
 @triton.jit(do_not_specialize=("spans",))
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
@@ -124,12 +117,9 @@ def absorb(
         lengths: as in ``CachedTokens``; spans beyond it are left as they are.
     """
     begin_next(DEPENDENT)
-    start = tl.program_id(0) * BM
-    if start // J * S >= tl.load(lengths + tl.program_id(2)):
+    if tl.program_id(0) * BM // J * S >= tl.load(lengths + tl.program_id(2)):
         await_previous(DEPENDENT)
         return
-    if DEPENDENT:
-        _fetch_turns(turns, start, spans, J, HB, BM)
     block = tl.program_id(1) % BLOCKS
     first = (tl.program_id(2) * (tl.num_programs(1) // BLOCKS) + tl.program_id(1) // BLOCKS) * HEADS
     row = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -12,6 +12,11 @@ Why every program awaits, also one that has nothing to do: a kernel counts as en
 one after it relies on that for all kernels before. A step's first kernel is launched the ordinary way, after everything
 before the step has ended; its last one never calls ``begin_next``. So nothing outside a step sees any of this. Within
 it, every kernel writes only buffers of its own, which no earlier one reads: nothing is overwritten too early.
+
+Measured on an H200 with the default tiles: latents of few tokens (24 to 65 us a step) take 2 to 4 us less with it,
+contextual forms 0.3 to 0.7 us less, large caches the same. With tiles of 4 warps and 2 stages large latents of the 4B
+took 8 % more, which the tiles of today (2 warps, 3 stages) do not. When this was measured, ``absorb`` still had the L2
+cache load its left side before it awaited.
 """
 
 from __future__ import annotations
@@ -21,10 +26,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-DEPENDENT = True  # where tiles do not say
+DEPENDENT = True  # where tiles do not say: faster or the same, as measured above
 CAPABILITY = (9, 0)
-LANES = tl.constexpr(128)  # pieces that a program asks the L2 cache for at most
-PIECE = tl.constexpr(4096)  # bytes of each
 
 
 def able(device: torch.device) -> bool:
@@ -52,35 +55,3 @@ def await_previous(DEPENDENT: tl.constexpr):
     they are not moved across it."""
     if DEPENDENT:
         gdc_wait()
-
-
-@triton.jit
-def _numbers(part, parts):
-    """Which pieces are this program's, the first ones in threads of different warps: a warp asks for one at a time."""
-    lane = tl.arange(0, LANES)
-    return (lane % 32 * (LANES // 32) + lane // 32) * parts + part
-
-
-@triton.jit
-def _ask(at, size):
-    """Has the L2 cache load ``size`` bytes at each address ``at``, where there are any; both count in 16."""
-    tl.inline_asm_elementwise(
-        "{.reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
-        "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _fetch(at, end):
-    """Has the L2 cache load up to PIECE bytes at each address ``at``, a multiple of 16, none from ``end`` on."""
-    _ask(at, (tl.minimum(tl.maximum(end - at, 0), PIECE) & -16).to(tl.int32))
-
-
-@triton.jit
-def fetch_rows(x, first, count, part, parts, WIDTH: tl.constexpr):
-    """Has the L2 cache load ``count`` rows of WIDTH numbers from the ``first`` (int64) on; this program is one of
-    several ``parts`` that share them."""
-    BYTES: tl.constexpr = WIDTH * x.dtype.element_ty.primitive_bitwidth // 8
-    begin = x.to(tl.int64) + first * BYTES
-    at = (begin & -16) + _numbers(part, parts).to(tl.int64) * PIECE
-    _fetch(at, begin + count.to(tl.int64) * BYTES)
