@@ -16,6 +16,7 @@ from torch import Tensor
 from tpa_train.gemma3.layers import MLP, RMSNorm
 from tpa_train.gemma3.model import Gemma3ForCausalLM
 from tpa_train.serving.slots import SlotCache
+from tpa_train.tpa.decode.precompile import compile_step
 
 STEPS_BEFORE_GRAPH = 4  # of a batch size, before it is worth recording: that takes about as long as four plain steps
 WARM_UP = 2  # runs on the side stream: kernels are compiled and tuned, and libraries take their memory
@@ -46,6 +47,7 @@ class Decoder:
         self.sizes = batch_sizes(cache.rows)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._runs = dict.fromkeys(self.sizes, 0)
+        self._compiled: set[int] = set()  # batch sizes whose kernels are
         if self.uses_graphs:
             with torch.inference_mode(False):
                 # What a graph reads and writes stays where it is: token, row, start, active of each place.
@@ -55,6 +57,7 @@ class Decoder:
             self._prepare()
 
     def _can_record(self) -> bool:
+        """Whether the device launches kernels, which can be compiled first and recorded."""
         return self.cache.device.type == "cuda"
 
     def _prepare(self) -> None:
@@ -80,6 +83,7 @@ class Decoder:
         size = next(s for s in self.sizes if s >= count)
         if not self.uses_graphs:
             places = torch.tensor([tokens, rows, lengths, [1] * count], device=self.cache.device)
+            self._compile(places, size)
             # A CPU reads whole caches: what is beyond the longest sequence need not be read.
             longest = max(lengths) + 1 if self.cache.device.type == "cpu" else None
             return self._run(places, list(rows) == list(range(count)), longest)
@@ -91,6 +95,7 @@ class Decoder:
         ])  # fmt: skip
         self._inputs[:, :size].copy_(host, non_blocking=True)  # from pageable memory: it is read at once
         self._runs[size] += 1
+        self._compile(self._inputs[:, :size], size)
         if size not in self._graphs and self._runs[size] <= STEPS_BEFORE_GRAPH:
             return self._run(self._inputs[:, :size])[:count]
         if size not in self._graphs:
@@ -104,6 +109,12 @@ class Decoder:
         step = self.cache.step(rows, starts, active, in_order, longest)
         hidden = self.model.hidden_states(tokens[:, None], cache=step)
         return self.model.logits(hidden[:, 0])
+
+    def _compile(self, places: Tensor, size: int) -> None:
+        """Compiles the kernels of a batch size before its first step: as ``_record``, this leaves nothing behind."""
+        if self._can_record() and size not in self._compiled:
+            compile_step(lambda: self._run(places), self.cache.device)
+            self._compiled.add(size)
 
     def _record(self, size: int) -> None:
         """Records the graph of a batch size.

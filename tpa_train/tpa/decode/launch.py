@@ -20,6 +20,7 @@ from tpa_train.tpa.decode import absorbed, chain, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, Rows, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.precompile import gather
 from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import chosen, key_of
@@ -66,8 +67,9 @@ def attend_triton(
                 attend_triton(attention, queries[i : i + size], cached.part(i, size), tiles, splits) for i in starts
             ])  # fmt: skip
     out, launches = prepare(attention, plan, queries, cached, tiles, splits)
-    for launch in launches:
-        launch.run()
+    if not gather(launches):
+        for launch in launches:
+            launch.run()
     if plan.expand is None:
         return out
     # The values of a joint latent, once a step instead of once a token.
