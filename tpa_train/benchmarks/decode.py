@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -343,7 +344,7 @@ class _Bench:
                 times[name] = self._timed(work, _checked, exact[layout])
             except Exception as error:  # noqa: BLE001 - a kernel that cannot do this is no failure of the benchmark
                 times[name] = _reason(error)
-                error.__traceback__ = None  # it holds tensors
+                _forget(error)
                 self._check_device({"dense kernel": name})
         self._drop(group, times)
         return times
@@ -431,6 +432,13 @@ def _checked(out: Tensor) -> Tensor:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _forget(error: BaseException | None) -> None:
+    """Lets go of the frames of an error and of those behind it: they hold tensors, the whole cache among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def _show(row: Mapping[str, Any]) -> None:

@@ -51,16 +51,18 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
             if not found.fast:  # few registers, little in shared memory
                 narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
                 if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
-                    return Tiles(warps=2, stages=3, programs=4, joined=2)
+                    return Tiles(programs=4, joined=2, registers=128)
                 if not exact and plan.expand is None and rank <= 2 * FEWER:
                     if rank <= FEWER:
                         return Tiles(programs=4, registers=128)
                     return Tiles(largest=64, programs=3, registers=168)
-                if exact and rank <= WIDE:
-                    return Tiles(warps=2, stages=3, programs=4)
+                if exact and rank <= FEWER // 2:
+                    return Tiles(programs=4, registers=128)
                 return Tiles(programs=4, stages=2 if rank <= WIDE else 1)
-            if not exact and (packed := plan.absorb(tiles.tokens, fast=PACKED)) is not None:
-                joint = plan.expand is not None
+            if not exact:
+                packed, joint = plan.absorb(tiles.tokens, fast=PACKED), plan.expand is not None
+                if packed is None:  # of wide latents all pairs, rather than more of them than fit beside unpacking
+                    return Tiles(stages=1, largest=64, absorbed=False)
                 return _packed_tiles(rank, plan.heads * packed.terms, token // 2 if joint else token, joint)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
             rebuilt = 2 * found.fast * rank * dtype.itemsize
@@ -88,8 +90,9 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
         return Tiles(tokens=16)
     if numbers > 768:  # no room for a third stage
         return Tiles()
-    short = tokens is not None and tokens <= SHORT
-    return Tiles(stages=3, programs=1 if short else 2)
+    if tokens is None or tokens > SHORT:
+        return Tiles(stages=3)
+    return Tiles(tokens=32, stages=4, programs=1) if numbers <= 320 else Tiles(stages=3, programs=1)
 
 
 def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:
