@@ -5,6 +5,7 @@ Grid and splits depend on shapes alone, so a step can be captured in a CUDA grap
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,8 +69,7 @@ def attend_triton(
             ])  # fmt: skip
     out, launches = prepare(attention, plan, queries, cached, tiles, splits)
     if not gather(launches):
-        for launch in launches:
-            launch.run()
+        _run(out, launches)
     if plan.expand is None:
         return out
     # The values of a joint latent, once a step instead of once a token.
@@ -83,12 +83,18 @@ def _chosen(attention: Attention, plan: Plan, queries: Tensor, cached: CachedTok
             plan, len(queries), _pitch(cached.stored[0]), attention.config.num_heads, queries.dtype, queries.device
         )
 
-    def run(tiles: Tiles) -> Callable[[], None]:
+    def run(tiles: Tiles) -> list[Callable[[], Tensor]]:
         full = replace(cached, lengths=torch.full_like(cached.lengths, cached.slots))
-        launches = prepare(attention, plan, queries, full, tiles)[1]
-        return lambda: [launch.run() for launch in launches]
+        calls = [prepare(attention, plan, queries, tokens, tiles) for tokens in (cached, full)]
+        return [functools.partial(_run, *call) for call in calls]
 
     return chosen(plan, key, queries.dtype, run, len(queries) * _pitch(cached.stored[0]))
+
+
+def _run(out: Tensor, launches: list[Launch]) -> Tensor:
+    for launch in launches:
+        launch.run()
+    return out
 
 
 @dataclass(frozen=True)

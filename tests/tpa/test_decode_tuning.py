@@ -1,0 +1,77 @@
+"""Which tiles are chosen: see ``decode.tuning``. A timer stands in for the GPU's."""
+
+import pytest
+import torch
+import triton
+from decode_cases import FORMS, filled, layer, moved
+from decode_kernels import BF16, CUDA, DEVICE, F32, bounds_of_loops  # noqa: F401
+
+from tpa_train.tpa.decode import launch, tuning
+from tpa_train.tpa.decode.plan import plan_of
+from tpa_train.tpa.decode.tiles import Tiles
+
+DEFAULT, FAST, WRONG, LOST, LARGE = (Tiles(programs=n) for n in range(1, 6))
+TIMES = {DEFAULT: 3.0, FAST: 2.0, WRONG: 1.0, LOST: 0.5, LARGE: 0.1}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Takes the time of tiles from TIMES; returns the tiles that were timed."""
+    seen = []
+    monkeypatch.setattr(tuning, "_replay", lambda work: work)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda work, **_: seen.append(work()) or TIMES[seen[-1]])
+    return seen
+
+
+def _run(tiles: Tiles) -> list:
+    if tiles is LARGE:
+        raise triton.runtime.errors.OutOfResources(300, 227, "shared memory")
+    error = {WRONG: 0.1, LOST: float("nan")}.get(tiles, 0.001 * (tiles is FAST))
+    return [lambda: torch.ones(4, dtype=BF16) * (1 + error), lambda: tiles]
+
+
+def test_the_fastest_of_those_that_are_right_wins(timed):
+    assert tuning.fastest([DEFAULT, FAST, WRONG, LOST, LARGE], _run) is FAST
+    assert timed == [DEFAULT, FAST]
+    assert tuning.fastest([LARGE, DEFAULT], _run) is DEFAULT and tuning.fastest([LARGE], _run) is LARGE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["latent", "contextual", "joint 8+6+4"])
+def test_a_call_is_tuned_once(form, monkeypatch):
+    """What is compared is of the tokens that are cached: beyond them buffers hold anything. What is timed is full."""
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    monkeypatch.setattr(tuning, "tuned", {})
+    found = []
+
+    def fastest(options, run):
+        call, full = run(options[0])
+        found.append((options, call(), full))
+        return options[-1]
+
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    if not CUDA:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    attention = layer(2, FORMS[form])
+    queries, cached, _ = filled(attention, [18, 7], 20, F32)
+    attention, queries, cached = attention.to(DEVICE, F32), queries.to(DEVICE, F32), moved(cached, DEVICE)
+    for stored in cached.stored:
+        if stored.is_floating_point():
+            stored[1, 12:] = torch.nan
+    plan = plan_of(attention, F32, queries.device)
+    first = launch._chosen(attention, plan, queries, cached)
+    assert launch._chosen(attention, plan, queries, cached) is first and len(found) == 1
+    options, out, full = found[0]
+    assert first is options[-1] and out.isfinite().all()
+    tensors = [t for item in full.args[1] for t in item.arguments if isinstance(t, torch.Tensor)]
+    lengths = [t.tolist() for t in tensors if t.dtype == torch.int32 and t.shape == (2,)]
+    assert lengths and all(held == [cached.slots] * 2 for held in lengths)
+
+
+def test_tiles_of_packed_numbers_have_32_tokens_in_half_precision():
+    for form in ("joint 8+6+4", "contextual, R = 5", "contextual"):
+        attention = layer(2, FORMS[form]).to(BF16)
+        plan = plan_of(attention, BF16, torch.device("cpu"))
+        least = min(tiles.tokens for tiles in tuning.candidates(plan, BF16))
+        assert least == (16 if plan.keys.entry.exact and plan.values.entry.exact else 32)
