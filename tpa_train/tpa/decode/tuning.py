@@ -39,7 +39,8 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     """Returns what suits an H100 by its shared memory and registers (``tests/tpa/compile_decode.py`` shows them).
 
     ``tokens``: that all caches of a launch hold at most; None: many. Two programs share a processor where their tiles
-    allow it: what one of them waits for, the other does meanwhile.
+    allow it: what one of them waits for, the other does meanwhile. Of two stages only one is in shared memory: the next
+    tile is asked for when this one has been read. Three have memory and products overlap within a program.
     """
     if dtype == torch.float32:  # no tensor cores: products that are exact, and slow
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
