@@ -6,7 +6,7 @@ import triton
 from decode_cases import FORMS, filled, layer, moved
 from decode_kernels import BF16, CUDA, DEVICE, F32, bounds_of_loops  # noqa: F401
 
-from tpa_train.tpa.decode import launch, tuning
+from tpa_train.tpa.decode import launch, precompile, tuning
 from tpa_train.tpa.decode.plan import plan_of
 from tpa_train.tpa.decode.tiles import Tiles
 
@@ -60,6 +60,8 @@ def test_a_call_is_tuned_once(form, monkeypatch):
         if stored.is_floating_point():
             stored[1, 12:] = torch.nan
     plan = plan_of(attention, F32, queries.device)
+    with precompile.gathering():  # whose results are not those of a step
+        assert launch._chosen(attention, plan, queries, cached) == tuning.default_tiles(plan, F32) and not found
     first = launch._chosen(attention, plan, queries, cached)
     assert launch._chosen(attention, plan, queries, cached) is first and len(found) == 1
     options, out, full = found[0]

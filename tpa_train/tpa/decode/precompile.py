@@ -48,6 +48,11 @@ def gathering() -> Iterator[list[Compilable]]:
         _gathered.reset(token)
 
 
+def gathers() -> bool:
+    """Whether this thread's launches are gathered: what a step computes is then not what it will."""
+    return _gathered.get() is not None
+
+
 def gather(launches: Sequence[Compilable]) -> bool:
     """Takes ``launches`` where they are gathered; returns whether they are."""
     found = _gathered.get()

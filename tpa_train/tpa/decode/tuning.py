@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, UNROLLED, Plan, power_of_two
+from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
 
@@ -184,7 +185,7 @@ def chosen(
         return default_tiles(plan, dtype, tokens)
     name = key()
     if name not in tuned:
-        if not os.environ.get(VARIABLE) or torch.cuda.is_current_stream_capturing():
+        if not os.environ.get(VARIABLE) or gathers() or torch.cuda.is_current_stream_capturing():
             return default_tiles(plan, dtype, tokens)
         tuned[name] = fastest(candidates(plan, dtype), run)
     return tuned[name]
