@@ -121,7 +121,7 @@ def test_bad_requests_leave_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"layers \[0\] adds constants .*; export with format=dense"):
         export_gguf(full, tmp_path / "m.gguf")
     right = module.dense_attention
-    monkeypatch.setattr(module, "dense_attention", lambda a: right(a) | {"k_norm.weight": right(a)["q_norm.weight"]})
+    monkeypatch.setattr(module, "dense_attention", lambda *a: right(*a) | {"k_norm.weight": right(*a)["q_norm.weight"]})
     with pytest.raises(UserError, match="the exported logits differ from the student's"):
         export_gguf(student, tmp_path / "m.gguf")
     monkeypatch.undo()

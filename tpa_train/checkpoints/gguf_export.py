@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
 from tpa_train.checkpoints import open_checkpoint
-from tpa_train.checkpoints.dense_export import BIAS, NO_BIAS, check_linear, dense_attention, dense_shapes
+from tpa_train.checkpoints.dense_export import BIAS, check_linear, dense_attention, dense_shapes
 from tpa_train.checkpoints.export import VISION, check_batch, check_finite, compare_logits
 from tpa_train.checkpoints.gguf import ARCHITECTURE, VALUE_BIAS, score_scalar, stored_name
 from tpa_train.checkpoints.tokenizer_files import read_pieces
@@ -40,6 +40,7 @@ TYPES = {
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
+MET = 1e-4  # of what it is a part of: less of a constant or a direction is missing from nothing that can be measured
 DESCRIPTION = (
     "Converted to Tensor Product Attention and multiplied out again: the converted model's quality but for the "
     "rounding of its cached numbers, and a cache as large as the original's."
@@ -82,7 +83,7 @@ def export_gguf(
     @lru_cache(maxsize=1)  # tensors are read in the order of the layers
     def attention(layer: int) -> dict[str, Tensor]:
         reach = float((1.0 + parameters[f"layers.{layer}.input_layernorm.weight"].double()).square().mean().sqrt())
-        tensors, exact = with_value_bias(dense_attention(student.layers[layer].self_attn), config, reach)
+        tensors, exact = with_value_bias(dense_attention(student.layers[layer].self_attn, MET), config, reach)
         inexact.update([] if exact else [layer])
         return tensors
 
@@ -143,7 +144,7 @@ def with_value_bias(
     summed = out.sum(2).flatten(1)
     bias = torch.linalg.lstsq(summed, constant[:, None], rcond=1e-6, driver="gelsd").solution[:, 0]
     missed = float((constant - summed @ bias).norm())
-    if missed <= NO_BIAS * float(constant.norm()):
+    if missed <= MET * float(constant.norm()):
         return tensors | {VALUE_BIAS: bias}, True
 
     # A head's values V [d, D] and what its query heads make of them, O [(H/G)·D, d], in the coordinates of the SVD of
@@ -166,7 +167,7 @@ def with_value_bias(
     out, values, bias = out.clone(), values.clone(), torch.zeros_like(bias)
     out[:, least], values[least], bias[least * width + width - 1] = heads, kept[:, None] * right, size
     tensors |= {"o_proj.weight": out.flatten(1), "v_proj.weight": values.flatten(0, 1), VALUE_BIAS: bias}
-    return tensors, float(s[-1]) <= NO_BIAS * float(s[0])
+    return tensors, float(s[-1]) <= MET * float(s[0])
 
 
 def compare_file(
