@@ -118,6 +118,18 @@ def test_the_recorded_teacher(tmp_path):
     assert command.recorded_source(tmp_path) is None
 
 
+@pytest.mark.parametrize("words,row,distances", [(100, 101, [100]), (99, 100, []), (1, 2, [])])
+def test_a_short_text_is_one_row_where_no_context_was_asked_for(words, row, distances, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("a" * words)
+    data = command.DataArgs(path=[str(path)], cache_dir=str(tmp_path / "cache"))
+    options = (data, dense_model().tokenizer, 4096, 10**6, [100], 1, False)
+    rows, copies = command.evaluation_text(*options, shorter=True, fewer=True)
+    assert [r["token_ids"].shape[0] for r in rows] == [row] and list(copies) == distances
+    with pytest.raises(UserError, match=f"has {row} tokens, less than one row; use context={row} or less"):
+        command.evaluation_text(*options)
+
+
 def test_copy_texts_repeat_themselves(arguments, tmp_path):
     data = command.DataArgs(path=[str(tmp_path / "text.txt")], cache_dir=str(tmp_path / "cache"))
     rows, copies = command.evaluation_text(data, dense_model().tokenizer, 64, 10**6, [30], 3, progress=False)

@@ -92,7 +92,9 @@ class EvaluateArgs:
     )  # fmt: skip
     context: int | None = field(
         default=None,
-        metadata={"help": f"tokens of a row; null: {CPU_CONTEXT} on a CPU, else {ACCELERATOR_CONTEXT}."},
+        metadata={
+            "help": f"tokens of a row; null: {CPU_CONTEXT} on a CPU, else {ACCELERATOR_CONTEXT}, or a shorter text whole."
+        },
     )
     tokens: int | None = field(
         default=None,
@@ -264,7 +266,11 @@ def measure(
     cpu = device.type == "cpu"
     context = args.context or (CPU_CONTEXT if cpu else ACCELERATOR_CONTEXT)
     tokens = args.tokens or (CPU_TOKENS if cpu else ACCELERATOR_TOKENS)
-    rows, copies = evaluation_text(args.data, student.tokenizer, context, tokens, distances, args.copy_texts, progress)
+    rows, copies = evaluation_text(
+        args.data, student.tokenizer, context, tokens, distances, args.copy_texts, progress,
+        shorter=args.context is None, fewer=args.copy is None,
+    )  # fmt: skip
+    context = len(rows[0]["token_ids"])
     autocast: Callable[[], AbstractContextManager] = nullcontext  # the weights' own dtype decides
     evaluator = Evaluator(
         teacher, rows, copies, autocast=autocast, max_copy_tokens=CPU_COPY_TOKENS if cpu else None, progress=progress
@@ -290,6 +296,8 @@ def evaluation_text(
     distances: Sequence[int],
     copies: int,
     progress: bool = True,
+    shorter: bool = False,
+    fewer: bool = False,
 ) -> tuple[Subset, dict[int, Tensor]]:
     """Packs the text to evaluate on.
 
@@ -300,6 +308,9 @@ def evaluation_text(
         tokens: worth of rows, spread evenly over the text.
         distances: C of the copy texts.
         copies: copy texts of each distance.
+        progress: show a progress line while packing.
+        shorter: a text of fewer tokens is one row, and L what it has.
+        fewer: leave out distances for which there is too little text.
 
     Returns:
         rows ``{"token_ids": [L], "document_ids": [L]}``, and C -> int64 [copies, 1 + 2C].
@@ -307,7 +318,7 @@ def evaluation_text(
     Raises:
         UserError: the text is missing or too short.
     """
-    from tpa_train.data.packed import is_packed
+    from tpa_train.data.packed import is_packed, tokens_without_bos
     from tpa_train.data.packing import PackedDataset, PackedStream, pack
     from tpa_train.data.settings import DataSettings
 
@@ -323,6 +334,10 @@ def evaluation_text(
         if not heldout:
             settings.heldout_fraction, settings.heldout_min_tokens = 0.0, 0
     stream = PackedStream(pack(settings, tokenizer, progress), "heldout" if heldout else "train", tokenizer.fingerprint)
+    if len(stream) < 2:  # the first token predicts the second
+        raise UserError("the text to evaluate on has not even two tokens; use more text.")
+    if shorter:
+        context = min(context, len(stream))
     if len(stream) < context:
         raise UserError(
             f"the text to evaluate on has {len(stream):,} tokens, less than one row; use context={len(stream)} "
@@ -331,6 +346,7 @@ def evaluation_text(
     every = PackedDataset(stream, context, data.join_documents)
     count = min(len(every), max(1, tokens // context))
     rows = Subset(every, [i * len(every) // count for i in range(count)])
+    distances = [d for d in distances if not fewer or d <= len(tokens_without_bos(stream))]
     return rows, {distance: _copy_texts(stream, distance, copies) for distance in distances}
 
 
