@@ -92,10 +92,9 @@ class EvaluateArgs:
     )  # fmt: skip
     context: int | None = field(
         default=None,
-        metadata={
-            "help": f"tokens of a row; null: {CPU_CONTEXT} on a CPU, else {ACCELERATOR_CONTEXT}, or a shorter text whole."
-        },
-    )
+        metadata={"help": f"tokens of a row; null: {CPU_CONTEXT} on a CPU, else {ACCELERATOR_CONTEXT}; at most the "
+        "text's."},
+    )  # fmt: skip
     tokens: int | None = field(
         default=None,
         metadata={"help": f"tokens to score (0: none); null: {CPU_TOKENS} on a CPU, else {ACCELERATOR_TOKENS}."},
@@ -398,7 +397,7 @@ def render(result: dict[str, Any]) -> str:
         about, measured = result["evaluation"], result["stages"][1]
         what = "tokens of the model's turns" if measured["masked"] else "tokens"
         notes.append(
-            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {about['rows']} rows of "
+            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {about['rows']} row{'s' * (about['rows'] > 1)} of "
             f"{about['context']:,}; KL in nats a token."
         )
     for suite in result["suites"]:
