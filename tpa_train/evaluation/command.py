@@ -396,9 +396,10 @@ def render(result: dict[str, Any]) -> str:
     if result["stages"]:
         about, measured = result["evaluation"], result["stages"][1]
         what = "tokens of the model's turns" if measured["masked"] else "tokens"
+        count = "one row" if about["rows"] == 1 else f"{about['rows']} rows"
         notes.append(
-            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {about['rows']} row{'s' * (about['rows'] > 1)} of "
-            f"{about['context']:,}; KL in nats a token."
+            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {count} of {about['context']:,}; KL in "
+            "nats a token."
         )
     for suite in result["suites"]:
         a = suite["teacher"]
