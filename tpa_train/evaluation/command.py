@@ -398,8 +398,8 @@ def render(result: dict[str, Any]) -> str:
         what = "tokens of the model's turns" if measured["masked"] else "tokens"
         count = "one row" if about["rows"] == 1 else f"{about['rows']} rows"
         notes.append(
-            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {count} of {about['context']:,}; KL in "
-            "nats a token."
+            f"{measured['evaluated_tokens']:,} {what} scored of {about['text']}, in {count} of {about['context']:,}; "
+            "KL in nats a token."
         )
     for suite in result["suites"]:
         a = suite["teacher"]
