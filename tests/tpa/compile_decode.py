@@ -136,8 +136,8 @@ def compile_launch(launch: Launch) -> dict:
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     found = {"kernel": compiled.metadata.name, "seconds": round(time.perf_counter() - start, 1)}
     return found | {
-        "warps": compiled.metadata.num_warps, "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
-        "wgmma": ttgir.count("warp_group_dot "), "mma": len(re.findall(r"tt\.dot .*parent = #mma", ttgir)),
+        "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
+        "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
         "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "early": read_early(ttgir), "asm": compiled.asm,
     }  # fmt: skip
 

@@ -327,7 +327,7 @@ def test_kernels_compile_for_an_h100():
         small = f["kernel"] in ("lay_out_queries", "combine")
         # Two programs share a processor, but of large tiles in three stages it holds one.
         assert f["spilled"] <= 256 and f["shared_kb"] <= (227 if f["case"] == "contextual-4b-1" else 113)
-        assert f["wgmma" if f["warps"] >= 4 else "mma"] > 0 or small  # the newer products take four warps
+        assert f["wgmma"] > 0 or small
         # What the step's kernels write for each other is read when they have ended; its first one waits for none.
         if f["kernel"] in ("attend_direct", "attend_rebuilt", "lay_out_queries"):
             assert f["early"] is None
@@ -359,5 +359,4 @@ def test_a_captured_step_follows_the_lengths(form, changes, monkeypatch):
         live = torch.tensor(lengths) > 0
         expected = attend_reference(ours, queries, cached)[live].double()
         exact = attend_reference(exactly, queries.double(), moved(cached, DEVICE, torch.float64))[live]
-        # So few tokens round luckily or not: tiles of 64 are at 1.25 where those of 32 are at 0.8.
-        assert (out[live] - exact).norm() < 2 * (expected - exact).norm() < 3e-2 * exact.norm()
+        assert (out[live] - exact).norm() < 1.5 * (expected - exact).norm() < 3e-2 * exact.norm()
