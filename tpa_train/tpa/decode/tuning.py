@@ -113,9 +113,9 @@ def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:
     return tiles if 2 * size <= FULL[1] << 10 else replace(tiles, stages=1)
 
 
-def candidates(plan: Plan, dtype: torch.dtype) -> list[Tiles]:
-    """Returns the tiles to measure, the default first."""
-    first = default_tiles(plan, dtype)
+def candidates(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> list[Tiles]:
+    """Returns the tiles to measure, the default first; ``tokens``: as ``default_tiles`` takes it."""
+    first = default_tiles(plan, dtype, tokens)
     if dtype == torch.float32:
         return [first]
     shapes = [(64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1), (128, 8, 2), (32, 4, 2), (32, 4, 3)]
@@ -187,7 +187,7 @@ def chosen(
     if name not in tuned:
         if not os.environ.get(VARIABLE) or gathers() or torch.cuda.is_current_stream_capturing():
             return default_tiles(plan, dtype, tokens)
-        tuned[name] = fastest(candidates(plan, dtype), run)
+        tuned[name] = fastest(candidates(plan, dtype, tokens), run)
     return tuned[name]
 
 
