@@ -317,7 +317,7 @@ def evaluation_text(
     Raises:
         UserError: the text is missing or too short.
     """
-    from tpa_train.data.packed import is_packed, tokens_without_bos
+    from tpa_train.data.packed import is_packed, texts_twice, tokens_without_bos
     from tpa_train.data.packing import PackedDataset, PackedStream, pack
     from tpa_train.data.settings import DataSettings
 
@@ -345,18 +345,12 @@ def evaluation_text(
     every = PackedDataset(stream, context, data.join_documents)
     count = min(len(every), max(1, tokens // context))
     rows = Subset(every, [i * len(every) // count for i in range(count)])
-    distances = [d for d in distances if not fewer or d <= len(tokens_without_bos(stream))]
-    return rows, {distance: _copy_texts(stream, distance, copies) for distance in distances}
-
-
-def _copy_texts(stream: Any, distance: int, count: int) -> Tensor:
-    """Returns ``texts_twice`` of the stream, int64 [count, 1 + 2C]; UserError if the text is too short."""
-    from tpa_train.data.packed import texts_twice, tokens_without_bos
-
-    tokens = tokens_without_bos(stream)
-    if len(tokens) < distance:
-        raise UserError(f"copy={distance} needs {distance:,} tokens of text, there are {len(tokens):,}; copy less.")
-    return texts_twice(tokens, stream.manifest.bos_id, distance, count)
+    text = tokens_without_bos(stream)
+    distances = [d for d in distances if not fewer or d <= len(text)]
+    for distance in distances:
+        if distance > len(text):
+            raise UserError(f"copy={distance} needs {distance:,} tokens of text, there are {len(text):,}; copy less.")
+    return rows, {distance: texts_twice(text, stream.manifest.bos_id, distance, copies) for distance in distances}
 
 
 def answer(teacher: Any, student: Any, path: str, questions: list[Question], progress: bool) -> SuiteResult:
