@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpa_train.benchmarks.journal import Allowance, Journal
+from tpa_train.benchmarks.journal import Allowance, Journal, forget
 from tpa_train.errors import UserError
 
 
@@ -50,6 +52,29 @@ def test_without_a_file_rows_stay_in_memory():
     rows = journal(None)
     rows.add({"name": "a"})
     assert rows.done(name="a") and rows.rows == [{"name": "a"}]
+
+
+def test_what_a_failed_cell_held_is_let_go_while_its_error_is_kept():
+    held = []
+
+    def fails():
+        cache = torch.zeros(3)
+        held.append(weakref.ref(cache))
+        raise RuntimeError("a kernel failed")
+
+    def wraps():
+        try:
+            fails()
+        except RuntimeError as error:
+            raise ValueError("it was not compiled") from error
+
+    try:
+        wraps()
+    except ValueError as error:
+        kept = error
+        assert held[0]() is not None
+        forget(error)
+    assert held[0]() is None and isinstance(kept.__cause__, RuntimeError)
 
 
 def test_what_would_not_fit_is_not_begun():

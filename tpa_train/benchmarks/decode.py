@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,7 +47,7 @@ from tpa_train.benchmarks.decode_caches import (
     relative_error,
 )
 from tpa_train.benchmarks.decode_plots import plot_speedups
-from tpa_train.benchmarks.journal import Allowance, Journal
+from tpa_train.benchmarks.journal import Allowance, Journal, forget
 from tpa_train.benchmarks.record import table_of
 from tpa_train.benchmarks.scaling import MODELS
 from tpa_train.benchmarks.stopwatch import REPEATS, Stopwatch
@@ -344,7 +343,7 @@ class _Bench:
                 times[name] = self._timed(work, _checked, exact[layout])
             except Exception as error:  # noqa: BLE001 - a kernel that cannot do this is no failure of the benchmark
                 times[name] = _reason(error)
-                _forget(error)
+                forget(error)
                 self._check_device({"dense kernel": name})
         self._drop(group, times)
         return times
@@ -406,7 +405,7 @@ class _Bench:
                 times[name] = self._timed(work, lambda out: out[:, length - last :], exact)
             except Exception as error:  # noqa: BLE001 - as above
                 times[name] = _reason(error)
-                error.__traceback__ = None
+                forget(error)
                 self._check_device({"chunk kernel": name})
         return times
 
@@ -432,13 +431,6 @@ def _checked(out: Tensor) -> Tensor:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _forget(error: BaseException | None) -> None:
-    """Lets go of the frames of an error and of those behind it: they hold tensors, the whole cache among them."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def _show(row: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,15 @@ class Journal:
         """Records that the cell failed, and frees what it had left behind."""
         lines = str(error).splitlines()
         self.add(cell | {"error": f"{type(error).__name__}: {lines[0] if lines else ''}".strip(" :")})
-        # The traceback holds the frames, and they the tensors of the failed cell.
-        error.__traceback__ = None
+        forget(error)
         free_memory()
+
+
+def forget(error: BaseException | None) -> None:
+    """Lets go of the frames of an error and of those behind it: they hold tensors of what failed, whole caches even."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def free_memory() -> None:
