@@ -280,7 +280,7 @@ def test_pieces_cover_an_entry_once(count, bits, largest):
 def _unpack(out, at, stored, tokens, T: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     slot = tl.arange(0, T)
     for start in tl.static_range(0, COUNT, BLOCK):
-        x = load_piece(stored, 0, slot, slot < tokens, 1, 2, 0, BITS, COUNT, start, BLOCK)
+        x = load_piece(stored, 0, slot, slot < tokens, 1, 2, 0, BITS, COUNT, start, BLOCK, tl.float32)
         n = start + order_of_columns(BITS, BLOCK)
         keep = (slot < tokens)[:, None] & (n < COUNT)[None, :]
         tl.store(out + slot[:, None] * COUNT + n[None, :], x, mask=keep)

@@ -20,7 +20,7 @@ import triton.language as tl
 from tpa_train.tpa.decode.chain import await_previous, begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
 from tpa_train.tpa.decode.rebuilt import latent, norms
-from tpa_train.tpa.decode.unpacking import dot, narrow, zeros
+from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, zeros
 
 WIDE = tl.constexpr(192)  # numbers of a latent
 
@@ -105,7 +105,8 @@ def lay_out_queries(
 def absorb(
     both, along, turns, w, bias, lengths, spans, J: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr,
     R: tl.constexpr, FAST: tl.constexpr, HB: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KEY_TYPE: tl.constexpr, DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈N · J / BM⌉, H / HEADS · BLOCKS, B): one product [BM, 2 (HB − FAST)] [2 (HB − FAST), HEADS · R], since
     all heads take the same left side; or, of a head with a wide latent, BN of its numbers in each of some BLOCKS.
@@ -142,7 +143,7 @@ def absorb(
         at = (first + member).to(tl.int64)[None, :] * spans * J + row[:, None]
         tl.store(bias + at, base, mask=kept[:, None] & (member < HEADS)[None, :])
     at = place.to(tl.int64)[None, :] * spans * J + row[:, None]
-    tl.store(w + at * R + r[None, :], narrow(total, DTYPE), mask=kept[:, None] & narrower)
+    tl.store(w + at * R + r[None, :], bounded(total, KEY_TYPE), mask=kept[:, None] & narrower)
 
 
 @triton.jit
@@ -160,8 +161,8 @@ def attend_absorbed(
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
     JOINED: tl.constexpr, FAST: tl.constexpr, KEPT: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
-    HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
+    KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, splits, B). As ``kernel.attend_direct``, and
 
@@ -233,14 +234,14 @@ def attend_absorbed(
         cs = ()
         for i in tl.static_range(COUNT):
             c = latent(
-                stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
+                stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, KEY_TYPE
             )
             k = KEY_PIECES[7 * i + 6] + tl.arange(0, KEY_PIECES[7 * i + 4])
             if JOINED > 1:
                 at_own = at_w + k[:, None] - (owner * R)[None, :] + span * (J * R)
-                x = dot(c, tl.load(at_own, mask=k[:, None] // R == owner[None, :], other=0.0), x, DTYPE)
+                x = dot(c, tl.load(at_own, mask=k[:, None] // R == owner[None, :], other=0.0), x, KEY_TYPE)
             else:
-                x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, DTYPE)
+                x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, KEY_TYPE)
             cs = cs + (c,)
         if not CENTERED:
             x += shift[None, :]
@@ -253,7 +254,7 @@ def attend_absorbed(
             if not CENTERED:
                 keys += origin
             for i in tl.static_range(COUNT):
-                keys = dot(cs[i], ups[i], keys, DTYPE)
+                keys = dot(cs[i], ups[i], keys, KEY_TYPE)
             if not KEPT:  # not loaded before the loop: see ``rebuilt``
                 angles = tl.load(at_table + tl.multiple_of((tile - begin) % T, 4))
             k1, k2 = tl.split(tl.reshape(keys, (T, FAST, 2)))
@@ -271,7 +272,7 @@ def attend_absorbed(
         accs = add_values(
             accs, _spread(p, BH), tl.reshape(_spread(alpha[None, :], BH), (BH,)), stored, again, slot, valid,
             row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, DTYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE,
         )  # fmt: skip
         factor = following
     n = tl.arange(0, BH)

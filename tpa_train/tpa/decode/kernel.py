@@ -19,7 +19,7 @@ import triton.language as tl
 
 from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.chain import begin_next
-from tpa_train.tpa.decode.unpacking import dot, narrow, operand, order, zeros
+from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, operand, order, zeros
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
 EMPTY = tl.constexpr(float("-inf"))
@@ -63,14 +63,15 @@ def no_values(PIECES: tl.constexpr, BH: tl.constexpr):
 @triton.jit
 def _add_row(
     accs, weights, stored, sequence, slot, valid, row,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, WEIGHTED: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Adds Σ_s weights[s, h] · row(s) to the accumulators [BH, BLOCK]."""
-    left = narrow(tl.trans(weights), DTYPE)
+    left = tl.trans(weights)
+    left = bounded(left, TYPE) if WEIGHTED else narrow(left, TYPE)
     new = ()
     for i in tl.static_range(len(PIECES) // 7):
-        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, DTYPE)
-        new = new + (dot(left, x, accs[i], DTYPE),)
+        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, TYPE)
+        new = new + (dot(left, x, accs[i], TYPE),)
     return new
 
 
@@ -78,22 +79,22 @@ def _add_row(
 def add_values(
     accs, p, alpha, stored, sequence, slot, valid, group, row, constants,
     MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
-    WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+    WHOLE: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH]."""
     new = ()
     for i in tl.static_range(len(PIECES) // 7):
         new = new + (accs[i] * alpha[:, None],)
     if MODE == 0:
-        new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, DTYPE)
+        new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, False, TYPE)
     elif ROWS <= UNROLLED:
         for j in tl.static_range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, DTYPE)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE)
     else:
         for j in range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, DTYPE)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE)
     return new
 
 
@@ -167,23 +168,25 @@ def leave(
 
 
 @triton.jit
-def _query_piece(q, head, inside, d: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr):
+def _query_piece(q, head, inside, d: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr):
     """[BLOCK, BH], zero beyond the piece's numbers."""
     n = order(PIECES[7 * i + 1], PIECES[7 * i + 4])
     keep = (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[:, None] & inside[None, :]
     x = tl.load(q + (head * d)[None, :] + (PIECES[7 * i + 5] + n)[:, None], mask=keep, other=0.0)
+    if x.dtype != TYPE:
+        x = bounded(x.to(tl.float32), TYPE)
     return x
 
 
 @triton.jit
 def _row_scores(
     qs, stored, sequence, slot, valid, row,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, BH: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, BH: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     s = tl.zeros((slot.shape[0], BH), tl.float32)
     for i in tl.static_range(len(PIECES) // 7):
-        k = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, DTYPE)
-        s = dot(k, qs[i], s, DTYPE)
+        k = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, TYPE)
+        s = dot(k, qs[i], s, TYPE)
     return s
 
 
@@ -195,7 +198,7 @@ def attend_direct(
     KEY_PIECES: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
+    KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G / PER_PROGRAM, splits, B).
 
@@ -221,7 +224,8 @@ def attend_direct(
         head = row * REPEATS + n
     qs = ()  # asked for before the program knows its part, which takes as long to arrive
     for i in tl.static_range(len(KEY_PIECES) // 7):
-        qs = qs + (_query_piece(q + tl.program_id(2) * (GROUPS * REPEATS * d), head, inside, d, KEY_PIECES, i, DTYPE),)
+        own = q + tl.program_id(2) * (GROUPS * REPEATS * d)
+        qs = qs + (_query_piece(own, head, inside, d, KEY_PIECES, i, KEY_TYPE),)
     begin, end, first, sequence = part_of(lengths, rows, slots, pitch, splits, HAS_ROWS, T)
     if SPLIT:
         if begin >= end:
@@ -235,19 +239,19 @@ def attend_direct(
         if RING:
             slot = (first + slot) % slots
         if KEY_MODE == 0:
-            s = _row_scores(qs, stored, sequence, slot, valid, row, KEY_ROWS, KEY_PIECES, BH, DTYPE)
+            s = _row_scores(qs, stored, sequence, slot, valid, row, KEY_ROWS, KEY_PIECES, BH, KEY_TYPE)
         else:
             s = tl.zeros((T, BH), tl.float32)
             if KEY_ROWS <= UNROLLED:
                 for j in tl.static_range(KEY_ROWS):
-                    x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, DTYPE)
+                    x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, KEY_TYPE)
                     s += weighted(
                         x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR,
                         WHOLE,
                     )  # fmt: skip
             else:
                 for j in range(KEY_ROWS):
-                    x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, DTYPE)
+                    x = _row_scores(qs, stored, sequence, slot, valid, j, KEY_ROWS, KEY_PIECES, BH, KEY_TYPE)
                     s += weighted(
                         x, j, stored, sequence, slot, valid, group, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_TENSOR,
                         WHOLE,
@@ -257,6 +261,6 @@ def attend_direct(
         p, m, total, alpha = softmax(s * scale, valid, m, total)
         accs = add_values(
             accs, p, alpha, stored, sequence, slot, valid, group, row, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, DTYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, VALUE_TYPE,
         )  # fmt: skip
     leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)

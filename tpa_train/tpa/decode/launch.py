@@ -20,7 +20,17 @@ from tpa_train.gemma3.attention import Attention
 from tpa_train.tpa.decode import absorbed, chain, kernel, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
-from tpa_train.tpa.decode.plan import LEAST, LONGEST, AbsorbedKeys, Plan, Rows, pieces, plan_of, power_of_two
+from tpa_train.tpa.decode.plan import (
+    LEAST,
+    LONGEST,
+    AbsorbedKeys,
+    Plan,
+    Rows,
+    operand_type,
+    pieces,
+    plan_of,
+    power_of_two,
+)
 from tpa_train.tpa.decode.precompile import gather
 from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
@@ -136,6 +146,7 @@ def prepare(
     stored = tuple(_words(t) for t in cached.stored)
     key_pieces = pieces(keys.entry, keys.first, tiles.largest)
     nothing = cached.rotary[0]  # float32, not read
+    key_type, value_type = operand_type(keys.entry, dtype), operand_type(values.entry, dtype)
     options: dict[str, Any] = {
         "d": d, "E": width, "GROUPS": groups, "REPEATS": repeats,
         "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
@@ -143,6 +154,7 @@ def prepare(
         "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
         "HAS_ROWS": cached.rows is not None, "RING": pitch < cached.rotary[0].shape[0], "SPLIT": splits > 1,
         "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
+        "KEY_TYPE": DTYPES[key_type], "VALUE_TYPE": DTYPES[value_type],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     if tiles.registers is not None:
@@ -157,7 +169,7 @@ def prepare(
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
     if found is not None:
-        up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, dtype)
+        up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, key_type)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
         # A table of more pairs fills the registers, and so does one beside what unpacking needs.
@@ -167,7 +179,7 @@ def prepare(
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
         attend = absorbed.attend_absorbed
     elif plan.rebuilt:
-        up = plan.lay_out(key_pieces, half, dtype)
+        up = plan.lay_out(key_pieces, half, key_type)
         arguments += (up, plan.offset, nothing if plan.gamma is None else plan.gamma, plan.relative, *cached.rotary)
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
@@ -238,7 +250,7 @@ def _absorb(
         len(plan.offset), power_of_two(rank), _steps(cached, found.span), _steps(cached, tiles.tokens)
     )  # fmt: skip
     both, along = queries.new_empty(batch, heads, 2, half, rank), queries.new_empty(batch, heads, 2, half)
-    w = queries.new_empty(batch, heads, spans, found.terms, rank)
+    w = queries.new_empty(batch, heads, spans, found.terms, rank, dtype=up.dtype)
     bias = queries.new_empty(batch, heads, spans, found.terms, dtype=torch.float32)
     turned = queries.new_empty(batch, heads, steps, fast, 2) if fast else queries  # not touched where there are none
     shared = {"R": rank, "FAST": fast, "HB": half}
@@ -266,7 +278,8 @@ def _absorb(
             (both, along, found.turns(cached.rotary, spans, queries.dtype), w, bias, cached.lengths, spans),
             {
                 "HEADS": each, "BLOCKS": parts, "BM": 128, "BN": each * across // parts, "BK": min(64, rest & -rest),
-                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3, **vectors, **dtype,
+                "num_warps": 4 if each * across <= 64 else 8, "num_stages": 3,
+                "KEY_TYPE": DTYPES[up.dtype], **vectors, **dtype,
             },
         ),
     ]  # fmt: skip

@@ -67,6 +67,14 @@ def order(block: int, device: torch.device) -> Tensor:
     return n // GROUP * GROUP + n // 2 % 4 * 8 + n % 2 * 4 + n // 8 % 4
 
 
+def operand_type(entry: Entry, dtype: torch.dtype) -> torch.dtype:
+    """Returns what products with an entry's numbers are computed in, where queries are of ``dtype``.
+
+    Packed numbers are exact in float16, but for one rounding, and are made two at a time; in bfloat16 they are not.
+    """
+    return dtype if entry.exact or dtype == torch.float32 else torch.float16
+
+
 @dataclass(frozen=True)
 class Rows:
     """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel.weighted``, of which ``weights`` are the
@@ -128,7 +136,8 @@ class Plan:
                 part = up[:, :, column : column + min(block, count - first)]
                 part = F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2]))
                 blocks.append(part if bits == 16 else part[:, :, order(block, part.device)])
-            laid_out = torch.cat(blocks, dim=2).to(dtype).contiguous()
+            most = torch.finfo(dtype).max
+            laid_out = torch.cat(blocks, dim=2).clamp(-most, most).to(dtype).contiguous()
             if _recorded(laid_out.device):  # filled when the graph runs, not now
                 return laid_out
             self.laid_out[key_pieces] = laid_out

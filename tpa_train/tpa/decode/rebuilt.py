@@ -11,7 +11,7 @@ import triton.language as tl
 
 from tpa_train.tpa.decode.chain import begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax
-from tpa_train.tpa.decode.unpacking import dot, load_piece, narrow, operand, zeros
+from tpa_train.tpa.decode.unpacking import bounded, dot, load_piece, narrow, operand, zeros
 
 
 @triton.jit
@@ -24,15 +24,15 @@ def _up_piece(up, column, PIECES: tl.constexpr, i: tl.constexpr, HB: tl.constexp
 @triton.jit
 def _half_keys(
     cs, ups, up, offset, column, FIRST: tl.constexpr, RESIDENT: tl.constexpr, PIECES: tl.constexpr, HB: tl.constexpr,
-    DTYPE: tl.constexpr,
+    TYPE: tl.constexpr,
 ):  # fmt: skip
     """Some columns of half of the keys, float32 [T, HC], from the latents' pieces ``cs``."""
     k = zeros(cs[0].shape[0], column.shape[0]) + tl.load(offset + column)[None, :]
     for i in tl.static_range(len(PIECES) // 7):
         if RESIDENT:
-            k = dot(cs[i], ups[FIRST + i], k, DTYPE)
+            k = dot(cs[i], ups[FIRST + i], k, TYPE)
         else:
-            k = dot(cs[i], _up_piece(up, column, PIECES, i, HB), k, DTYPE)
+            k = dot(cs[i], _up_piece(up, column, PIECES, i, HB), k, TYPE)
     return k
 
 
@@ -51,7 +51,7 @@ def norms(stored, sequence, slot, valid, group, GROUPS: tl.constexpr, NORM: tl.c
 @triton.jit
 def latent(
     stored, sequence, slot, valid, row, mix, MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    PIECES: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr,
+    PIECES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """The i-th piece of a KV head's latents, [T, BLOCK]; in mode CONSTANT mixed of all rows by ``mix`` [rows, G]."""
     if MODE == 3:
@@ -59,14 +59,14 @@ def latent(
         for j in tl.static_range(ROWS):
             part = load_piece(
                 stored, sequence, slot, valid, j, ROWS, PIECES[7 * i], PIECES[7 * i + 1], PIECES[7 * i + 2],
-                PIECES[7 * i + 3], PIECES[7 * i + 4],
+                PIECES[7 * i + 3], PIECES[7 * i + 4], TYPE,
             )  # fmt: skip
             x += part.to(tl.float32) * tl.load(mix + j * GROUPS + row)
-        x = narrow(x, DTYPE)
+        x = bounded(x, TYPE)
     else:
         if ROWS == 1:
             row = 0
-        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, DTYPE)
+        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, TYPE)
     return x
 
 
@@ -74,20 +74,20 @@ def latent(
 def _keys_at_once(
     stored, sequence, slot, valid, row, mix, ups, up, offset, column, MODE: tl.constexpr, ROWS: tl.constexpr,
     GROUPS: tl.constexpr, RESIDENT: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr, HB: tl.constexpr,
-    DTYPE: tl.constexpr,
+    TYPE: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the keys, float32 [T, HB]: a piece of the latents is used up before the next is read."""
     k1 = zeros(slot.shape[0], HB) + tl.load(offset + column)[None, :]
     k2 = zeros(slot.shape[0], HB) + tl.load(offset + HB + column)[None, :]
     COUNT: tl.constexpr = len(PIECES) // 7
     for i in tl.static_range(COUNT):
-        c = latent(stored, sequence, slot, valid, row, mix, MODE, ROWS, GROUPS, PIECES, i, DTYPE)
+        c = latent(stored, sequence, slot, valid, row, mix, MODE, ROWS, GROUPS, PIECES, i, TYPE)
         if RESIDENT:
-            k1 = dot(c, ups[i], k1, DTYPE)
-            k2 = dot(c, ups[COUNT + i], k2, DTYPE)
+            k1 = dot(c, ups[i], k1, TYPE)
+            k2 = dot(c, ups[COUNT + i], k2, TYPE)
         else:
-            k1 = dot(c, _up_piece(up, column, PIECES, i, HB), k1, DTYPE)
-            k2 = dot(c, _up_piece(up + WIDTH * HB, column, PIECES, i, HB), k2, DTYPE)
+            k1 = dot(c, _up_piece(up, column, PIECES, i, HB), k1, TYPE)
+            k2 = dot(c, _up_piece(up + WIDTH * HB, column, PIECES, i, HB), k2, TYPE)
     return k1, k2
 
 
@@ -100,7 +100,8 @@ def attend_rebuilt(
     OWN_UP: tl.constexpr, HAS_RMS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr, LONGEST: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    HB: tl.constexpr, HC: tl.constexpr, DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
+    HB: tl.constexpr, HC: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, DTYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, splits, B); keys are rebuilt HC columns of each half at a time. As ``attend_direct``, and
 
@@ -154,7 +155,7 @@ def attend_rebuilt(
         cs = ()  # where the keys come in several blocks of columns, which all need the latents
         for i in tl.static_range(COUNT if HC < HB else 0):
             c = latent(
-                stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, DTYPE
+                stored, sequence, slot, valid, row, key_weights, KEY_MODE, KEY_ROWS, GROUPS, KEY_PIECES, i, KEY_TYPE
             )
             cs = cs + (c,)
         # Zero, which the compiler does not know: or it would load constants before the loop, into more registers than
@@ -167,13 +168,13 @@ def attend_rebuilt(
             column = b * HC + tl.arange(0, HC)
             u, o = up + zero, offset + zero
             if HC < HB:
-                k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+                k1 = _half_keys(cs, ups, u, o, column, 2 * b * COUNT, RESIDENT, KEY_PIECES, HB, KEY_TYPE)
                 u, o = u + WIDTH * HB, o + HB
-                k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, DTYPE)
+                k2 = _half_keys(cs, ups, u, o, column, (2 * b + 1) * COUNT, RESIDENT, KEY_PIECES, HB, KEY_TYPE)
             else:
                 k1, k2 = _keys_at_once(
                     stored, sequence, slot, valid, row, key_weights, ups, u, o, column, KEY_MODE, KEY_ROWS, GROUPS,
-                    RESIDENT, KEY_PIECES, WIDTH, HB, DTYPE,
+                    RESIDENT, KEY_PIECES, WIDTH, HB, KEY_TYPE,
                 )  # fmt: skip
             if HAS_RMS:
                 square += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
@@ -198,7 +199,7 @@ def attend_rebuilt(
         again = sequence + zero if WIDTH > 192 else sequence
         accs = add_values(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, DTYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE,
         )  # fmt: skip
         factor = following
     leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)

@@ -25,6 +25,14 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def bounded(x, DTYPE: tl.constexpr):
+    """As ``narrow``, for what a model of bfloat16 brings into a product in float16: at most its largest number."""
+    if DTYPE == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return narrow(x, DTYPE)
+
+
+@triton.jit
 def dot(a, b, c, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         c = tl.dot(a, b, c, input_precision="ieee")
@@ -49,12 +57,6 @@ def order(BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_at(base, at, valid, word, WORDS: tl.constexpr):
-    """Some words of the rows at ``at`` [T]; the last one instead of those beyond WORDS."""
-    return tl.load(base + at[:, None] + tl.minimum(word, WORDS - 1)[None, :], mask=valid[:, None], other=0)
-
-
-@triton.jit
 def _load_words(
     base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
@@ -73,78 +75,89 @@ def _units(
     IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     """COUNT times UNIT bytes of the rows at ``at`` [T], which have BYTES, from FIRST on: the low bits of int32."""
-    n = tl.arange(0, COUNT)
     if not IN_WORDS:
         x = _load_words(base, at, valid, FIRST, UNIT, COUNT, BYTES)
         for i in tl.static_range(1, UNIT):
             x |= _load_words(base, at, valid, FIRST + i, UNIT, COUNT, BYTES) << 8 * i
     elif UNIT == 4:
         x = _load_words(base, at, valid, FIRST // 4, 1, COUNT, BYTES // 4)
-    else:  # neighbours read the same word, where they have a part of it each
-        bit = (n * (8 * UNIT) % 32)[None, :]
-        x = _load_at(base, at, valid, FIRST // 4 + n * UNIT // 4, BYTES // 4)
-        if UNIT == 3:
-            after = _load_at(base, at, valid, FIRST // 4 + n * UNIT // 4 + 1, BYTES // 4)
-            x = (x.to(tl.uint32, bitcast=True) >> bit).to(tl.int32, bitcast=True) | (after << 1) << (31 - bit)
-        else:
-            x = x >> bit
+    elif UNIT == 2:  # two in a word
+        x = _load_words(base, at, valid, FIRST // 4, 1, COUNT // 2, BYTES // 4)
+        x = tl.broadcast_to(x[:, :, None], (x.shape[0], COUNT // 2, 2)) >> (16 * tl.arange(0, 2))[None, None, :]
+        x = tl.reshape(x, (x.shape[0], COUNT))
+    else:  # four lie in three words; told that it reads neighbours, the compiler lets neighbouring threads do it
+        n = tl.arange(0, COUNT) % 4
+        word = tl.max_contiguous(FIRST // 4 + tl.arange(0, COUNT) // 4 * 3 + n, 4)
+        begins = valid[:, None] & ((n < 3) & (word < BYTES // 4))[None, :]
+        ends = valid[:, None] & ((n > 0) & (word <= BYTES // 4))[None, :]
+        x = tl.load(base + at[:, None] + word[None, :], mask=begins, other=0)
+        before = tl.load(base + at[:, None] + (word - 1)[None, :], mask=ends, other=0).to(tl.uint32, bitcast=True)
+        bit = (8 * n)[None, :]
+        x = x << bit | (before >> 1 >> 31 - bit).to(tl.int32, bitcast=True)
     return x
 
 
 @triton.jit
-def _load_steps(
-    base, at, valid, BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
-    IN_WORDS: tl.constexpr,
-):  # fmt: skip
-    """Returns 1 + code / 2^BITS of the codes START … START + BLOCK of the rows at ``at`` [T], which have BYTES.
-
-    Float32 [T, BLOCK / 32, 4, 4, 2], in ``order``. A code becomes the first bits of a mantissa: no conversion, and what
-    is subtracted is for ``load_piece`` to do once a group.
-    """
-    # A unit is eight codes or, where those are more than a word, four.
-    UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
-    HALVES: tl.constexpr = 2 * UNIT // BITS
-    COUNT: tl.constexpr = BLOCK * BITS // (8 * UNIT)
-    x = _units(base, at, valid, START * BITS // 8, UNIT, COUNT, BYTES, IN_WORDS)
-    x = tl.reshape(x, (x.shape[0], BLOCK // 32, 1, 4, 3 - HALVES))
-    bit = (BITS * tl.arange(0, 4))[None, None, :, None, None]
-    if HALVES == 2:
-        bit = bit + (4 * BITS * tl.arange(0, 2))[None, None, None, None, :]
-    left = 23 - BITS - bit
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    if INTERPRETED:
-        x = ((x << tl.maximum(left, 0)) >> tl.maximum(-left, 0)) & MASK | 0x3F800000
-    else:  # two instructions, as one shift is by nothing; from the line above the compiler makes four
-        x = tl.inline_asm_elementwise(
-            "{.reg .b32 a; shl.b32 a, $1, $2; shr.u32 a, a, $3; lop3.b32 $0, a, $4, $5, 0xEA;}", "=r,r,r,r,r,r",
-            [x, tl.maximum(left, 0), tl.maximum(-left, 0), MASK, 0x3F800000], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return x.to(tl.float32, bitcast=True)
+def _paired(x, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the units of ``load_piece``: two words [T, BLOCK / 32, 4] whose halves hold the codes of two neighbouring
+    columns each: the first two codes and the last two."""
+    if BITS <= 4:  # a unit has both columns' four codes, one after the other
+        x = tl.reshape(x, (x.shape[0], BLOCK // 32, 4))
+        if BITS == 3:
+            x = x & 0xFFF | (x & 0xFFF000) << 4
+        elif BITS == 2:
+            x = x & 0xFF | (x & 0xFF00) << 8
+        first, last = x, x
+    else:  # each column has a unit, the first two codes of which are in its first 16 bits
+        one, other = tl.split(tl.reshape(x, (x.shape[0], BLOCK // 32, 4, 2)))
+        AFTER: tl.constexpr = 16 if BITS == 8 else 8
+        first = one & 0xFFFF | other << 16
+        last = one >> AFTER & 0xFFFF | other >> AFTER << 16
+    return first, last
 
 
 @triton.jit
-def _scales(pair):
-    """Of a float16 pair in an int32: both, in float32."""
-    if INTERPRETED:
+def _decoded(x, pair, BITS: tl.constexpr, AT: tl.constexpr, TYPE: tl.constexpr):
+    """Codes at bit AT of both halves of the words ``x`` [T, BLOCK / 32, 4], as low + scale · code in TYPE, [..., 2].
+
+    ``pair``: scales and lows, [T, BLOCK / 32]. Rounded once, as these and the codes are exact in float16: two codes at
+    a time become the last bits of two mantissas of 1024, and are moved to their place by a product rather than shifted.
+    """
+    SHIFT: tl.constexpr = 0 if AT + BITS <= 10 else (8 if BITS == 4 else AT)
+    FROM: tl.constexpr = AT - SHIFT
+    MASK: tl.constexpr = ((1 << BITS) - 1 << FROM) * 0x10001
+    pair = tl.broadcast_to(pair[:, :, None], (x.shape[0], x.shape[1], x.shape[2]))
+    if SHIFT > 0:
+        x = x >> SHIFT
+    if INTERPRETED or TYPE == tl.float32:
         scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         low = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:  # the same in two instructions
-        scale, low = tl.inline_asm_elementwise(
-            "{.reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;}",
-            "=f,=f,r", [pair], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        x = (x & MASK) >> FROM
+        first, second = (x & 0xFFFF).to(tl.float32) * scale + low, (x >> 16).to(tl.float32) * scale + low
+        x = tl.join(first, second).to(TYPE)
+    else:
+        # 2^−FROM and −1024 · 2^−FROM, twice
+        UNDO: tl.constexpr = (15 - FROM << 10) * 0x10001
+        LESS: tl.constexpr = (25 - FROM << 10) * 0x10001 - 0x7FFF8000
+        first, second = tl.inline_asm_elementwise(
+            "{.reg .b32 a, b, c; lop3.b32 a, $2, $3, 0x64006400, 0xEA; fma.rn.f16x2 a, a, $4, $5;"
+            " prmt.b32 b, $6, $6, 0x1010; prmt.b32 c, $6, $6, 0x3232; fma.rn.f16x2 a, a, b, c; mov.b32 {$0, $1}, a;}",
+            "=h,=h,r,r,r,r,r", [x, MASK, UNDO, LESS, pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
         )  # fmt: skip
-    return scale, low
+        x = tl.join(first, second)
+    return x
 
 
 @triton.jit
 def load_piece(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr,
     TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+    TYPE: tl.constexpr,
 ):  # fmt: skip
     """Returns the numbers START … START + BLOCK of one row of an entry, for the tokens in ``slot`` [T]: [T, BLOCK].
 
-    ``sequence``: int64, tokens that lie before the sequence in every buffer. In float32, or in the cache's type.
-    Numbers beyond COUNT are finite, and 0 in 16 bits.
+    ``sequence``: int64, tokens that lie before the sequence in every buffer. Packed numbers in TYPE, float16 or
+    float32; others as the cache has them. Numbers beyond COUNT are finite, and 0 in 16 bits.
     """
     if BITS == 16:
         column = START + tl.arange(0, BLOCK)
@@ -159,29 +172,36 @@ def load_piece(
         in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
         pitch: tl.constexpr = bytes_of_row // 4 if in_words else bytes_of_row
         base = stored[TENSOR] + sequence * (ROWS * pitch) + row * pitch
-        steps = _load_steps(base, slot * (ROWS * pitch), valid, BITS, START, BLOCK, bytes_of_row, in_words)
+        # A unit is eight codes or, where those are more than a word, four.
+        UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
+        COUNT_OF_UNITS: tl.constexpr = BLOCK * BITS // (8 * UNIT)
+        x = _units(
+            base, slot * (ROWS * pitch), valid, START * BITS // 8, UNIT, COUNT_OF_UNITS, bytes_of_row, in_words
+        )  # fmt: skip
         groups: tl.constexpr = (COUNT + 31) // 32
         base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
         pair = _load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
-        scale, low = _scales(pair)
-        # low + scale · code: what is subtracted is exact, and the sum's rounding 2⁻²⁴ of the group's range.
-        span = scale * (1 << BITS)
-        x = steps * span[:, :, None, None, None] + (low - span)[:, :, None, None, None]
+        first, last = _paired(x, BITS, BLOCK)
+        # The two pairs of codes lie at these bits.
+        LAST: tl.constexpr = 4 if BITS == 6 else (0 if BITS == 8 else 2 * BITS)
+        evens = tl.join(_decoded(first, pair, BITS, 0, TYPE), _decoded(last, pair, BITS, LAST, TYPE))
+        odds = tl.join(_decoded(first, pair, BITS, BITS, TYPE), _decoded(last, pair, BITS, LAST + BITS, TYPE))
+        x = tl.permute(tl.join(evens, odds), (0, 1, 4, 5, 2, 3))  # of [T, BLOCK / 32, 4, 2, 2, 2]
         x = tl.reshape(x, (slot.shape[0], BLOCK))
     return x
 
 
 @triton.jit
 def operand(
-    stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, DTYPE: tl.constexpr
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr
 ):
-    """The i-th piece of a row as an operand of a matrix product."""
+    """The i-th piece of a row as an operand of a matrix product, in TYPE."""
     x = load_piece(
         stored, sequence, slot, valid, row, ROWS, PIECES[7 * i], PIECES[7 * i + 1], PIECES[7 * i + 2],
-        PIECES[7 * i + 3], PIECES[7 * i + 4],
+        PIECES[7 * i + 3], PIECES[7 * i + 4], TYPE,
     )  # fmt: skip
-    if x.dtype != DTYPE:  # else it goes from memory to the product as it is
-        x = narrow(x.to(tl.float32), DTYPE)
+    if x.dtype != TYPE:  # else it goes from memory to the product as it is
+        x = bounded(x.to(tl.float32), TYPE)
     return x
 
 
