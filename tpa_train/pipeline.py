@@ -23,7 +23,7 @@ from tpa_train.distributed.launching import local_rank
 from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
 from tpa_train.errors import UserError
 from tpa_train.factorization.allocation import (
-    FORMS,
+    AUTO,
     Budget,
     allocate,
     corrected,
@@ -166,7 +166,7 @@ def budget_of(settings: RunSettings, config: Gemma3Config) -> Budget:
         raise UserError(f"budget.bits={b.bits} must be a width like 8, or a list of them like [16,8,4].")
     forms = b.forms
     if forms == "auto":
-        forms = ["joint"] if config.num_kv_heads == 1 else list(FORMS)
+        forms = ["joint"] if config.num_kv_heads == 1 else list(AUTO)
     forms = [forms] if isinstance(forms, str) else forms
     if not isinstance(forms, (list, tuple)) or not all(isinstance(form, str) for form in forms):
         raise UserError(f"budget.forms={b.forms} must be auto, a form, or a list of them like [latent,joint].")
@@ -315,7 +315,7 @@ def choose_student(
     config, budget, bases = session.config, budget or session.budget, measured.bases
     mixes = [budget.forms]
     if len(budget.forms) > 1:
-        mixes += [(form,) for form in ("latent", "joint") if form in budget.forms]
+        mixes += [(form,) for form in ("latent", "joint", "dense") if form in budget.forms]
     layers = layers_to_convert(config, budget)
     text = sensitivity_text(session)
 
@@ -343,7 +343,8 @@ def choices_of(session: Session, measured: Measured, budget: Budget, layers: lis
     for layer in layers:
         attention = session.teacher.layers[layer].self_attn
         joint = joint_groups(budget, bases, attention, layer) if "joint" in budget.forms else None
-        choices[layer] = layer_choices(config, budget, layer, bases, measured.sensitivities, joint)
+        rounded = bases.rounding(attention, layer) if "dense" in budget.forms else None
+        choices[layer] = layer_choices(config, budget, layer, bases, measured.sensitivities, joint, rounded)
     return choices
 
 

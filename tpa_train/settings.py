@@ -37,7 +37,8 @@ class BudgetSettings:
     bits: Any = field(default_factory=lambda: [16, 8, 6, 4, 3, 2])
     # ranks are multiples of this
     multiple: int = 8
-    # forms that compete, out of: latent, joint, contextual, constant_a; auto takes joint for one KV head, else all
+    # forms that compete, out of: latent, joint, contextual, constant_a, dense (keys in fewer bits, values as latents:
+    # fastest on a GPU); auto takes joint for one KV head, else all but dense
     forms: Any = "auto"
 
 

@@ -285,13 +285,16 @@ def likely_specs(config: Gemma3Config, budget: Budget) -> list[LayerSpec]:
     """Returns uniform forms that spend the budget: the allowed width nearest to ``LIKELY_BITS``, the largest rank."""
     layers = layers_to_convert(config, budget)
     likely = min(budget.bits, key=lambda width: (abs(width - LIKELY_BITS), width))
-    form = "latent" if "latent" in budget.forms else "joint"
-    widest = config.head_dim if form == "latent" else 2 * config.num_kv_heads * config.head_dim
+    form = next(form for form in ("latent", "joint", "dense") if form in budget.forms)
+    widest = 2 * config.num_kv_heads * config.head_dim if form == "joint" else config.head_dim
     for bits in sorted({likely, min(budget.bits)}, reverse=True):
         for rank in range(widest // budget.multiple * budget.multiple, 0, -budget.multiple):
             specs = dense_specs(config)
             for layer in layers:
-                specs[layer] = LayerSpec(form, rank, form, rank, bits).with_norms(config, layer)
+                if form == "dense":
+                    specs[layer] = LayerSpec("dense", config.head_dim, "latent", rank, bits)
+                else:
+                    specs[layer] = LayerSpec(form, rank, form, rank, bits).with_norms(config, layer)
             if cache_bytes(config, specs, budget.context) <= budget.bytes(config):
                 return specs
     return specs  # the smallest rank; mixed widths will have to do better

@@ -13,6 +13,7 @@ from random_models import small_config
 
 from tpa_train.errors import UserError
 from tpa_train.factorization.allocation import (
+    AUTO,
     CORRECTION,
     FORMS,
     Budget,
@@ -26,6 +27,7 @@ from tpa_train.factorization.allocation import (
 )
 from tpa_train.factorization.choices import Choice, Groups, convex, rounding_error
 from tpa_train.factorization.latent import Basis
+from tpa_train.factorization.rounded_keys import RoundingCosts
 from tpa_train.factorization.sensitivity import NOISE_BITS, Probe
 from tpa_train.factorization.solutions import Bases
 from tpa_train.gemma3.config import SIZES
@@ -54,6 +56,11 @@ def _joint(config, budget, decay=0.93):
     return Groups.of(energies, energies, GROUP if budget.rounds else budget.multiple)
 
 
+def _rounding():
+    """Costs of two groups of 32, of which rounding the second one costs more."""
+    return RoundingCosts({bits: [share * rounding_error(bits) for share in (0.1, 0.9)] for bits in WIDTHS})
+
+
 def _kl(config, bases, probe, cost):
     """What a probe measures if a unit of energy costs ``cost``."""
     if probe.form == "joint":
@@ -74,7 +81,8 @@ def _layer_choices(config, budget, layer, costs):
         for p in plan_probes(config, budget, [layer])
     }
     joint = _joint(config, budget) if "joint" in budget.forms else None
-    return layer_choices(config, budget, layer, bases, measured, joint)
+    rounded = _rounding() if "dense" in budget.forms else None
+    return layer_choices(config, budget, layer, bases, measured, joint, rounded)
 
 
 def _choices(config, budget, layers=None, costs=None):
@@ -94,12 +102,17 @@ def _kl_of(choices, layer, spec):
     return min(c.kl for c in choices[layer] if c.spec == spec)
 
 
-FORM_SETS = [("latent",), ("joint",), FORMS]
+FORM_SETS = [(1, ("latent",)), (4, ("latent",)), (1, ("joint",)), (4, AUTO)]
+RATIOS = [(1.5, 100), (2, 4096), (3.3, 1000), (4, 32_768), (4, 200), (7.9, 32_768)]
+CASES = [
+    *((groups, forms, bits, *ratio) for groups, forms in FORM_SETS
+      for bits in [(16,), WIDTHS, (8,), (4, 2)] for ratio in RATIOS),
+    *((groups, forms, bits, *ratio) for groups, forms in [(1, ("dense",)), (4, ("dense",)), (4, FORMS)]
+      for bits in [WIDTHS, (8, 4), (4, 2)] for ratio in RATIOS[:3]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("groups,forms", [(1, FORM_SETS[0]), (4, FORM_SETS[0]), (1, FORM_SETS[1]), (4, FORM_SETS[2])])
-@pytest.mark.parametrize("bits", [(16,), WIDTHS, (8,), (4, 2)])
-@pytest.mark.parametrize("ratio,context", [(1.5, 100), (2, 4096), (3.3, 1000), (4, 32_768), (4, 200), (7.9, 32_768)])
+@pytest.mark.parametrize("groups,forms,bits,ratio,context", CASES)
 @pytest.mark.parametrize("multiple", [8, 5])
 def test_the_budget_is_met_and_nothing_that_helps_is_left(groups, forms, bits, ratio, context, multiple):
     config, budget = _config(groups), Budget(ratio, context, bits, multiple, forms)
@@ -125,7 +138,7 @@ def test_the_budget_is_met_and_nothing_that_helps_is_left(groups, forms, bits, r
             form, rank = getattr(spec, f"form_{kind}"), getattr(spec, f"rank_{kind}")
             whole = 2 * groups * 64 if form == "joint" else 64
             widths = getattr(spec, f"bits_{kind}")
-            assert form in (*forms, "dense")
+            assert form in (*forms, "dense") or (form, kind, forms) == ("latent", "v", ("dense",))
             assert form in ("contextual", "constant_a") or rank == whole or multiple <= rank and rank % multiple == 0
             assert set(widths if isinstance(widths, tuple) else [widths]) <= set(bits)
 
@@ -311,14 +324,18 @@ def test_probes():
     assert plan_probes(config, Budget(forms=("joint",)), [5]) == [
         Probe(5, "kv", "joint", rank, bits) for rank, bits in ((8, 16), (16, 16), (32, 16), (128, NOISE_BITS))
     ]
-    both = plan_probes(config, Budget(forms=FORMS), [0, 5])
+    assert plan_probes(config, Budget(bits=(16, 8, 4), forms=("dense",)), [0]) == [
+        Probe(0, "v", "latent", 16), Probe(0, "v", "latent", 64, NOISE_BITS),
+        Probe(0, "k", "dense", 64, NOISE_BITS),
+    ]  # fmt: skip
+    both = plan_probes(config, Budget(forms=AUTO), [0, 5])
     assert len(both) == len(set(both)) and {p.form for p in both} == {"latent", "joint"}, "one head: nothing to mix"
 
 
 def test_contextual_probes_are_cheaper_than_the_original():
     for groups, ranks in ((2, {1}), (4, {1, 2, 3})):
         config = _config(groups)
-        probes = plan_probes(config, Budget(forms=FORMS), [5])
+        probes = plan_probes(config, Budget(forms=AUTO), [5])
         mixing = [p for p in probes if p.form in ("contextual", "constant_a")]
         assert {p.rank for p in mixing} == ranks and {p.bits for p in mixing} == {16, 8, 4}
         assert len(mixing) == 2 * 2 * len(ranks) * 3 and len(set(probes)) == len(probes)
@@ -332,15 +349,19 @@ def test_only_what_the_budget_allows_is_offered():
 
     def offered(budget):
         joint = _joint(config, budget) if "joint" in budget.forms else None
-        specs = [c.spec for c in layer_choices(config, budget, 5, bases, measured, joint)]
+        rounded = _rounding() if "dense" in budget.forms else None
+        specs = [c.spec for c in layer_choices(config, budget, 5, bases, measured, joint, rounded)]
         entries = [e for s in specs for e in (*s.key_entries(config), *s.value_entries(config)) if e.count > 4]
         return {f for s in specs for f in (s.form_k, s.form_v)}, {b for e in entries for *_, b in e.segments}
 
     assert offered(Budget()) == ({"latent", "dense"}, {16, 8, 6, 4, 3, 2})
     assert offered(Budget(bits=(8,))) == ({"latent"}, {8})
     assert offered(Budget(forms=("joint",))) == ({"joint"}, {16, 8, 6, 4, 3, 2})
-    forms, widths = offered(Budget(forms=FORMS, bits=(8, 4)))
+    forms, widths = offered(Budget(forms=AUTO, bits=(8, 4)))
     assert {"latent", "joint"} <= forms and "dense" not in forms and widths == {8, 4}
+    assert offered(Budget(forms=("dense",))) == ({"latent", "dense"}, {16, 8, 6, 4, 3, 2})
+    specs = [c.spec for c in layer_choices(config, Budget(forms=("dense",)), 5, bases, measured, None, _rounding())]
+    assert {s.form_k for s in specs} == {"dense"} and {s.form_v for s in specs} == {"latent", "dense"}
     cheap = {p: 1e-9 if p.form == "contextual" else kl for p, kl in measured.items()}
     specs = [c.spec for c in layer_choices(config, rich, 5, bases, cheap, None)]
     assert any("contextual" in (s.form_k, s.form_v) for s in specs)
@@ -348,7 +369,7 @@ def test_only_what_the_budget_allows_is_offered():
 
 def test_the_original_is_kept_where_it_costs_the_same():
     """Latents of full rank in 16 bits lose as little in as many bytes, but are slower."""
-    for forms in FORM_SETS[::2]:
+    for forms in (("latent",), AUTO, ("dense",), FORMS):
         config, budget = _config(4), Budget(1.0, 4096, WIDTHS, 8, forms)
         specs, expected = allocate(config, budget, _choices(config, budget))
         assert expected == 0 and not any(spec.converted for spec in specs)
@@ -368,8 +389,8 @@ def test_the_original_is_kept_where_it_costs_the_same():
         (Budget(bits=(8, 5)), r"cache bits must be one of 16, 8, 6, 4, 3, 2, not 5"),
         (Budget(forms=("latnet",)), r"budget.forms: 'latnet' cannot be chosen by a budget; did you mean 'latent'"),
         (Budget(forms=("latent", "tucker")), r"budget.forms: 'tucker' cannot be chosen by a budget"),
-        (Budget(forms=()), r"budget.forms needs latent or joint"),
-        (Budget(forms=("contextual", "constant_a")), r"budget.forms needs latent or joint"),
+        (Budget(forms=()), r"budget.forms needs latent, joint or dense"),
+        (Budget(forms=("contextual", "constant_a")), r"budget.forms needs latent, joint or dense"),
         (Budget(100.0, 4096, (16,)), r"cache_ratio=100 cannot be met at budget.context=4096: even rank 8 .* only 8\.0"),
         (Budget(100.0, 4096, (8,)), r"even rank 8 .* only 10\.6"),
     ],

@@ -19,7 +19,9 @@ from tpa_train.factorization.choices import (
     dense_choice,
     latent_choices,
     measured_choice,
+    rounded_key_choices,
 )
+from tpa_train.factorization.rounded_keys import RoundingCosts
 from tpa_train.factorization.sensitivity import NOISE_BITS, Probe
 from tpa_train.factorization.solutions import Bases
 from tpa_train.gemma3.config import Gemma3Config
@@ -28,7 +30,10 @@ from tpa_train.tpa.quantization import BITS, GROUP
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 
 LOCAL_BELOW = 8  # without rounding, local layers join when global layers alone would fall below head_dim / 8 numbers
-FORMS = ("latent", "joint", "contextual", "constant_a")  # that a budget may choose from
+# That a budget may choose from. "dense": keys in fewer bits, and otherwise as the original caches them, beside values
+# that are latents: nothing has to be rebuilt when it is read.
+FORMS = ("latent", "joint", "contextual", "constant_a", "dense")
+AUTO = FORMS[:4]  # dense keys buy speed: a budget of bytes alone has better ones
 MEASURED_RANKS = 3  # contextual forms are measured at R = 1 … this
 CORRECTION = 50.0  # the most that a measured layer changes what its other choices are expected to cost
 MIXED_BITS = (16, 8, 4)  # and in these widths, of those that the budget allows
@@ -61,6 +66,11 @@ class Budget:
         return min(self.bits) < 16
 
     @property
+    def latent_kinds(self) -> str:
+        """Keys ("k") and values ("v") that may be latents of their own: values also beside dense keys."""
+        return "kv" if "latent" in self.forms else "v" if "dense" in self.forms else ""
+
+    @property
     def group_size(self) -> int:
         """Latents of a row that are bought at a time."""
         return GROUP if self.rounds else self.multiple
@@ -86,19 +96,22 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
     for form in budget.forms:
         if form not in FORMS:
             raise UserError(f"budget.forms: '{form}' cannot be chosen by a budget{nearest(form, FORMS)}")
-    if not {"latent", "joint"} & set(budget.forms):
-        raise UserError("budget.forms needs latent or joint: the other forms cannot meet every budget.")
+    if not {"latent", "joint", "dense"} & set(budget.forms):
+        raise UserError("budget.forms needs latent, joint or dense: the other forms cannot meet every budget.")
     rank, bits = budget.multiple, min(budget.bits)
     if "latent" in budget.forms:
         least = LayerSpec("latent", rank, "latent", rank, bits)
-    else:
+    elif "joint" in budget.forms:
         least = LayerSpec("joint", rank, "joint", rank, bits)
+    else:
+        least = LayerSpec("dense", config.head_dim, "latent", rank, bits)
     smallest = cache_bytes(config, [least] * config.num_layers, budget.context)
     if smallest > budget.bytes(config):
         best = int(10 * cache_bytes(config, dense_specs(config), budget.context) / smallest) / 10  # can be had itself
         raise UserError(
             f"budget.cache_ratio={budget.cache_ratio:g} cannot be met at budget.context={budget.context}: even rank "
-            f"{rank} in every layer reaches only {best:.1f}; ask for less or allow fewer budget.bits."
+            f"{rank} in every layer{' beside dense keys' * (least.form_k == 'dense')} reaches only {best:.1f}; ask for "
+            "less or allow fewer budget.bits."
         )
 
 
@@ -125,11 +138,12 @@ def plan_probes(config: Gemma3Config, budget: Budget, layers: list[int]) -> list
     mixed = [b for b in budget.bits if b in MIXED_BITS] or [b for b in budget.bits if b > 2]
     for layer in layers:
         shares = (8, 4, 2) if config.is_global(layer) else (4,)
-        if "latent" in budget.forms:
-            for kind in "kv":
-                probes += [Probe(layer, kind, "latent", max(1, d // share)) for share in shares]
-                if budget.rounds:
-                    probes.append(Probe(layer, kind, "latent", d, NOISE_BITS))
+        for kind in budget.latent_kinds:
+            probes += [Probe(layer, kind, "latent", max(1, d // share)) for share in shares]
+            if budget.rounds:
+                probes.append(Probe(layer, kind, "latent", d, NOISE_BITS))
+        if "dense" in budget.forms:
+            probes.append(Probe(layer, "k", "dense", d, NOISE_BITS))
         if "joint" in budget.forms:
             width = 2 * config.num_kv_heads * d
             probes += [Probe(layer, "kv", "joint", max(1, width // (2 * share))) for share in shares]
@@ -147,7 +161,13 @@ def plan_probes(config: Gemma3Config, budget: Budget, layers: list[int]) -> list
 
 
 def layer_choices(
-    config: Gemma3Config, budget: Budget, layer: int, bases: Bases, measured: dict[Probe, float], joint: Groups | None
+    config: Gemma3Config,
+    budget: Budget,
+    layer: int,
+    bases: Bases,
+    measured: dict[Probe, float],
+    joint: Groups | None = None,
+    rounded: RoundingCosts | None = None,
 ) -> list[Choice]:
     """Returns every choice of one layer that can be best for some budget, bytes ascending.
 
@@ -156,6 +176,7 @@ def layer_choices(
         bases: calibrated directions.
         measured: KLs by probe.
         joint: energies of the joint latent, where it competes.
+        rounded: costs of rounding rotated keys, where these compete.
     """
     own = {p: kl for p, kl in measured.items() if p.layer == layer}
 
@@ -168,10 +189,13 @@ def layer_choices(
 
     parts: dict[str, list[Choice]] = {"k": [], "v": []}
     for kind, found in parts.items():
-        if "latent" in budget.forms:
+        if kind in budget.latent_kinds:
             basis = bases.part(layer, kind)
             found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), budget.group_size))
-        forms = set(budget.forms) - {"latent", "joint"}
+        if kind == "k" and rounded is not None:
+            (noise,) = [kl for p, kl in own.items() if (p.kind, p.form, p.bits) == ("k", "dense", NOISE_BITS)]
+            found += rounded_key_choices(config, rounded, noise, budget.bits)
+        forms = set(budget.forms) - {"latent", "joint", "dense"}
         singly = [p for p in own if p.kind == kind and p.form in forms and p.bits in budget.bits]
         found += [measured_choice(config, p, own[p]) for p in singly]
         if found and 16 in budget.bits:  # first: of two that lose nothing in the same bytes, the original is taken

@@ -10,13 +10,14 @@ width. Dropping is rounding to no bits at all, so ranks and bits are one dimensi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from tpa_train.factorization.rounded_keys import RoundingCosts
 from tpa_train.factorization.sensitivity import NOISE_BITS, Probe
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.tpa.entries import Bits
@@ -209,6 +210,36 @@ def _part_bytes(config: Gemma3Config, kind: str, spec: LayerSpec) -> int:
 def _simple(bits: tuple[int, ...]) -> Bits:
     """Returns one width where all groups have the same."""
     return bits[0] if len(set(bits)) == 1 else bits
+
+
+def rounded_key_choices(
+    config: Gemma3Config, costs: RoundingCosts, noise: float, widths: Sequence[int]
+) -> list[Choice]:
+    """Returns what dense keys can become in fewer bits, bytes ascending: the group that gains most gets wider next.
+
+    Args:
+        config: sizes.
+        costs: of rounding their groups.
+        noise: measured KL with all of them in ``NOISE_BITS`` bits, which scales the costs.
+        widths: that the cache may use.
+    """
+    groups = range(len(costs.of_group[NOISE_BITS]))
+    scale = max(noise, SMALLEST_KL) / max(costs.total([NOISE_BITS] * len(groups)), 1e-300)
+    hulls = [convex((b, costs.of_group[b][i], b) for b in widths) for i in groups]
+    state, found = [0] * len(groups), []
+
+    def gain(i: int) -> float:
+        (bits, cost, _), (more, less, _) = hulls[i][state[i]], hulls[i][state[i] + 1]
+        return (cost - less) / (more - bits)
+
+    while True:
+        bits = tuple(hull[s][2] for hull, s in zip(hulls, state, strict=True))
+        spec = LayerSpec(rank_k=config.head_dim, rank_v=config.head_dim, bits_k=_simple(bits), bits_v=16)
+        found.append(Choice(_part_bytes(config, "k", spec), scale * costs.total(bits), spec))
+        narrow = [i for i in groups if state[i] + 1 < len(hulls[i])]
+        if not narrow:
+            return found
+        state[max(narrow, key=lambda i: (gain(i), -i))] += 1
 
 
 def measured_choice(config: Gemma3Config, probe: Probe, kl: float) -> Choice:

@@ -13,6 +13,7 @@ from tpa_train.factorization.calibration import Calibration
 from tpa_train.factorization.contextual_factorization import _init_contextual_factorization
 from tpa_train.factorization.joint import JointBasis, JointProblem
 from tpa_train.factorization.latent import Basis, key_basis, latent_key_factors, latent_value_factors, value_basis
+from tpa_train.factorization.rounded_keys import RoundingCosts
 from tpa_train.factorization.stacked import ActivationSample, HeadMoments, key_moments, value_moments
 from tpa_train.factorization.tucker_factorization import InputMoments, TuckerMoments, _factorize_and_set_weights
 from tpa_train.gemma3.attention import Attention
@@ -59,6 +60,13 @@ class Bases:
                 problem = JointProblem.of(attention, calibration.layers[layer], calibration.tokens)
                 self._solved["problem", layer] = problem
             self._solved[key] = JointBasis.solve(problem, attention.config.num_kv_heads, balance)
+        return self._solved[key]
+
+    def rounding(self, attention: Attention, layer: int) -> RoundingCosts:
+        """Returns what rounding a layer's rotated keys costs, group by group."""
+        key = ("rounding", layer)
+        if key not in self._solved:
+            self._solved[key] = RoundingCosts.of(attention, self.calibrated("rounded keys").layers[layer])
         return self._solved[key]
 
     def head_moments(self, attention: Attention, layer: int, kind: str) -> HeadMoments:
