@@ -46,6 +46,30 @@ def test_layerwise_only(tiny):
     assert shared.data_ptr() == teacher.layers[5].self_attn.q_proj.weight.data_ptr()
 
 
+def test_dense_keys_are_rounded_trained_beside_and_exported(tiny, tmp_path):
+    """Keys keep their weights and are cached rotated, in fewer bits; values become latents. Training sees the bits."""
+    options = [*tiny.training_options, "budget.forms=[dense]", "budget.cache_ratio=3", "budget.bits=[8,4]"]
+    teacher = tpa_train.load_pretrained(tiny.model)
+    student = tpa_train.factorize(teacher, *options)
+    forms = {(s.form_k, s.form_v) for s in student.specs}
+    assert ("dense", "latent") in forms and forms <= {("dense", "latent"), ("dense", "dense")}
+    assert any(s.bits_k != 16 for s in student.specs)
+    before = {name: p.clone() for name, p in student.named_parameters() if ".keys." in name}
+    tpa_train.distill(teacher, student, "recipe=layerwise", *options)
+    assert before and all(torch.equal(dict(student.named_parameters())[name], p) for name, p in before.items())
+    student.eval()
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        rounded = student(tokens)
+        loaded = Gemma3ForMultimodalLMwithTPA.from_pretrained(tpa_train.export(student, tmp_path / "out"))
+        assert loaded.specs == student.specs
+        torch.testing.assert_close(loaded(tokens), rounded, rtol=1e-5, atol=1e-5)
+        for layer in student.converted_layers:
+            student.layers[layer].self_attn.as_cached = lambda entries: entries
+        exact = student(tokens)
+        assert not torch.allclose(exact, rounded, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "option,message",
     [

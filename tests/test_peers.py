@@ -10,7 +10,7 @@ import torch
 
 from tpa_train import peers, pipeline
 from tpa_train.errors import UserError
-from tpa_train.factorization.allocation import FORMS, Budget, layers_to_convert, plan_probes, uniform_specs
+from tpa_train.factorization.allocation import AUTO, Budget, layers_to_convert, plan_probes, uniform_specs
 from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.peers import better_uniform, dense_peers, frontier_peers
@@ -237,7 +237,7 @@ def test_a_student_that_is_chosen_again_is_not_built_again(make, monkeypatch):
 def test_other_forms_that_were_measured_stay_out(make, monkeypatch):
     """Contextual forms that a richer budget measured, made to look free, are not chosen by one that forbids them."""
     session = make("budget.cache_ratio=4", "budget.forms=auto")
-    assert session.budget.forms == FORMS
+    assert session.budget.forms == AUTO
     measured = measure(session, {}, {}, replace(session.budget, forms=("latent", "constant_a")))
     measured.sensitivities.update({p: 1e-12 for p in measured.sensitivities if p.form == "constant_a"})
     single = replace(session.budget, bits=(8,), forms=("latent",))

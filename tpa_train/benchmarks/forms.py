@@ -23,7 +23,7 @@ from tpa_train.checkpoints import load_pretrained
 from tpa_train.errors import UserError, nearest
 from tpa_train.evaluation.atomic import write_text
 from tpa_train.evaluation.suites import Evaluator
-from tpa_train.factorization.allocation import FORMS, Budget, allocate, plan_probes
+from tpa_train.factorization.allocation import AUTO, Budget, allocate, plan_probes
 from tpa_train.factorization.contextual_factorization import contextual_error, per_token_error
 from tpa_train.factorization.sensitivity import measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
@@ -294,7 +294,7 @@ def _budget(session: Session, layers: list[int], size: int) -> Budget:
     saved = sum(
         config.cached_tokens(i, context) * (dense_specs(config)[i].bytes_per_token(config) - size) for i in layers
     )
-    return Budget(dense / (dense - saved + 0.5), context, (16,), 1, FORMS)
+    return Budget(dense / (dense - saved + 0.5), context, (16,), 1, AUTO)
 
 
 def _measure_all(session: Session, measured: Measured, layers: list[int]) -> None:
@@ -313,7 +313,7 @@ def _mixed(session: Session, measured: Measured, layers: list[int], size: int) -
     budget = _budget(session, layers, size)
     text, tried = sensitivity_text(session), []
     mixes = [
-        c for n in range(1, len(FORMS) + 1) for c in itertools.combinations(FORMS, n) if {"latent", "joint"} & set(c)
+        c for n in range(1, len(AUTO) + 1) for c in itertools.combinations(AUTO, n) if {"latent", "joint"} & set(c)
     ]
     for forms in mixes:
         own = replace(budget, forms=forms)
