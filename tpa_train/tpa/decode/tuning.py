@@ -18,13 +18,18 @@ from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, UNROLLED, Plan, power_
 from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
+from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.quantization import GROUP, SCALE_BYTES, entry_bytes
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 JOINT = 64  # as ``TWO``, of joint latents
 PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take registers that unpacking needs
-FULL = 74, 112  # KiB of a processor that each of three and of two programs may take
+# KiB of what ``_packed_tiles`` counts up to which two programs share a processor, with three stages and with two; a
+# joint latent has more beside it
+FULL, JOINT_FULL = (51, 74), (45, 58)
+ROWS = 72, 108  # KiB that each of three and of two programs of packed rows may take
 FEWER = 128  # numbers of a packed latent for which a thread does with 128 registers, and with 168 for twice as many
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
@@ -47,7 +52,7 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
         return Tiles(tokens=16, stages=1, largest=32, columns=16)
     if plan.rebuilt:
         tiles, size, rank = Tiles(), dtype.itemsize * plan.up[0].numel() >> 10, plan.up.shape[-1]
-        token = sum(rows.entry.nbytes // rows.entry.rows for rows in (plan.keys, plan.values))
+        token = sum(_loaded(rows.entry) for rows in (plan.keys, plan.values))
         found = plan.absorb(tiles.tokens)
         few = tokens is not None and tokens * len(plan.offset) < FEW
         if found is not None and not (found.fast and few):
@@ -89,7 +94,11 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
     numbers += sum(r.entry.rows * plan.per_program for r in (plan.keys, plan.values) if r.mode == CACHED)
     if not (plan.keys.entry.exact and plan.values.entry.exact):
-        return Tiles(tokens=64 if numbers <= 544 else 32)
+        if numbers > 544:
+            return Tiles(tokens=32)
+        if plan.keys.mode == plan.values.mode == OWN:
+            return _packed_rows(plan)
+        return Tiles()
     if numbers > 1088:
         return Tiles(tokens=16)
     if numbers > 768:  # no room for a third stage
@@ -99,18 +108,42 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     return Tiles(tokens=32, stages=4, programs=1) if numbers <= 320 else Tiles(stages=3, programs=1)
 
 
+def _packed_rows(plan: Plan) -> Tiles:
+    """Returns what suits packed keys that are cached rotated, beside packed values: three programs where they fit."""
+    mixed = len(plan.keys.entry.segments) > 1
+    tiles = Tiles(stages=3, largest=64 if mixed else 128)
+    ahead = 2 * tiles.tokens * (_loaded(plan.keys.entry) + _loaded(plan.values.entry))
+    laid_out = 2 * tiles.tokens * tiles.largest  # values, for the product
+    if ahead + laid_out <= ROWS[0] << 10:
+        return replace(tiles, programs=3, registers=168)
+    return tiles if ahead + laid_out <= ROWS[1] << 10 else replace(tiles, stages=2)
+
+
+def _loaded(entry: Entry) -> int:
+    """Returns the bytes of shared memory that a row of an entry takes: of 6 and 3 bits every word is read twice, and
+    three as four."""
+    found = 0
+    for start, stop, bits in entry.segments:
+        whole = entry_bytes(stop - start, bits)
+        scales = 0 if bits == 16 else SCALE_BYTES * -(-(stop - start) // GROUP)
+        found += scales + (whole - scales) * (8 if bits in (6, 3) else 3) // 3
+    return found
+
+
 def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:
     """Returns what suits packed latents where PACKED pairs are rebuilt: of ``rank`` numbers, ``token`` bytes, and
     ``columns`` of W.
 
-    Most of a tile's time one step waits for another, so that programs count: blocks of 64 let 168 registers do.
+    Most of a tile's time one step waits for another: two programs share a processor where they fit, and load ahead
+    where they still do then.
     """
     tiles = Tiles(largest=64, fast=PACKED)
     # U of the fast pairs and, of two tiles each, W, turned queries, the cache and the table of angles; all in 16 bits.
     size = 2 * PACKED * rank + 2 * (columns * rank + 2 * PACKED * LEAST + tiles.tokens * (token // 2 + 2 * PACKED))
-    if 2 * size <= FULL[0] << 10 and not (joint and rank > FEWER):
-        return replace(tiles, programs=3, registers=168)
-    return tiles if 2 * size <= FULL[1] << 10 else replace(tiles, stages=1)
+    ahead, fits = JOINT_FULL if joint else FULL
+    if size <= ahead << 10:
+        return replace(tiles, stages=3)
+    return tiles if size <= fits << 10 else replace(tiles, stages=1)
 
 
 def candidates(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> list[Tiles]:
@@ -132,7 +165,7 @@ def candidates(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> lis
                 found += [Tiles(64, 4, 2, programs=4, registers=128), Tiles(32, 2, 2, programs=4)]
                 found += [Tiles(128, 8, 2, programs=1), Tiles(128, 8, 2, registers=128), Tiles(64, 4, 1, largest=64)]
                 if not (plan.keys.entry.exact and plan.values.entry.exact):
-                    found += [Tiles(64, 4, stages, 64, fast=PACKED) for stages in (1, 2)]
+                    found += [Tiles(64, 4, stages, 64, fast=PACKED) for stages in (1, 2, 3)]
                     found += [Tiles(64, 4, stages, 64, programs=3, fast=PACKED, registers=168) for stages in (1, 2)]
                     found += [Tiles(64, 4, stages, 64, programs=4, fast=PACKED, registers=128) for stages in (1, 2)]
             else:
