@@ -71,7 +71,7 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
             if not exact:
                 packed, joint = plan.absorb(tiles.tokens, fast=PACKED), plan.expand is not None
                 if packed is None:  # of wide latents all pairs, rather than more of them than fit beside unpacking
-                    return Tiles(stages=1, largest=64, absorbed=False)
+                    return Tiles(stages=1, largest=64, columns=128, absorbed=False)
                 return _packed_tiles(rank, plan.heads * packed.terms, token // 2 if joint else token, joint)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
             rebuilt = 2 * found.fast * rank * dtype.itemsize
