@@ -10,7 +10,7 @@ import torch
 
 from tpa_train import peers, pipeline
 from tpa_train.errors import UserError
-from tpa_train.factorization.allocation import AUTO, Budget, layers_to_convert, plan_probes, uniform_specs
+from tpa_train.factorization.allocation import AUTO, Budget, can_be_met, layers_to_convert, plan_probes, uniform_specs
 from tpa_train.factorization.sensitivity import Probe, measure_sensitivity, output_kl
 from tpa_train.factorization.solutions import Bases, build_student
 from tpa_train.peers import better_uniform, dense_peers, frontier_peers
@@ -359,3 +359,10 @@ def test_models_run(frontier):
     assert student.embed_tokens.weight is session.teacher.embed_tokens.weight
     with torch.no_grad():
         assert student(torch.arange(4, 20)[None]).isfinite().all()
+
+
+def test_forms_that_cannot_meet_the_budget_alone_still_compete(make):
+    session = make("budget.cache_ratio=6", "budget.forms=[latent,dense]", "budget.bits=[8,4]")
+    assert not can_be_met(session.config, replace(session.budget, forms=("dense",)))
+    specs, _ = choose_specs(session, measure(session, {}, {}))
+    assert cache_bytes(session.config, specs, session.budget.context) <= session.budget.bytes(session.config)

@@ -26,6 +26,7 @@ from tpa_train.factorization.allocation import (
     AUTO,
     Budget,
     allocate,
+    can_be_met,
     corrected,
     joint_groups,
     layer_choices,
@@ -315,7 +316,8 @@ def choose_student(
     config, budget, bases = session.config, budget or session.budget, measured.bases
     mixes = [budget.forms]
     if len(budget.forms) > 1:
-        mixes += [(form,) for form in ("latent", "joint", "dense") if form in budget.forms]
+        alone = [(form,) for form in ("latent", "joint", "dense") if form in budget.forms]
+        mixes += [forms for forms in alone if can_be_met(config, replace(budget, forms=forms))]
     layers = layers_to_convert(config, budget)
     text = sensitivity_text(session)
 

@@ -18,6 +18,7 @@ from tpa_train.factorization.allocation import (
     FORMS,
     Budget,
     allocate,
+    can_be_met,
     corrected,
     layer_choices,
     layers_to_convert,
@@ -109,6 +110,7 @@ CASES = [
       for bits in [(16,), WIDTHS, (8,), (4, 2)] for ratio in RATIOS),
     *((groups, forms, bits, *ratio) for groups, forms in [(1, ("dense",)), (4, ("dense",)), (4, FORMS)]
       for bits in [WIDTHS, (8, 4), (4, 2)] for ratio in RATIOS[:3]),
+    *((groups, ("dense",), (16,), ratio, 32_768) for groups in (1, 4) for ratio in (1.1, 1.3, 1.6)),
 ]  # fmt: skip
 
 
@@ -375,7 +377,28 @@ def test_the_original_is_kept_where_it_costs_the_same():
         assert expected == 0 and not any(spec.converted for spec in specs)
 
 
+def test_which_forms_can_meet_a_budget():
+    """As ``validate_budget`` says, and what can be met is met by spending it."""
+    config, ratios = _config(4), (2, 3, 4, 6, 10, 30, 200)
+    for forms in (("latent",), ("joint",), ("dense",), ("latent", "dense")):
+        budgets = [Budget(ratio, 32_768, (8, 4), 8, forms) for ratio in ratios]
+        met = [can_be_met(config, budget) for budget in budgets]
+        assert met == [_refusal(config, budget) is None for budget in budgets]
+        assert met[0] and not met[-1] and met == sorted(met, reverse=True)
+        for budget in [b for b, can in zip(budgets, met, strict=True) if can]:
+            specs, _ = allocate(config, budget, _choices(config, budget))
+            assert _spent(config, budget, specs) <= budget.bytes(config)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def _refusal(config, budget):
+    try:
+        validate_budget(config, budget)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize(

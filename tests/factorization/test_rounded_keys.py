@@ -15,8 +15,8 @@ from tpa_train.tpa.quantization import BITS, GROUP, fake_quantize
 TOKENS = 96
 
 
-def _layer(groups, kind="global"):
-    config = small_config(num_layers=1, layer_kinds=(kind,), num_kv_heads=groups, head_dim=128)
+def _layer(groups, kind="global", head_dim=128):
+    config = small_config(num_layers=1, layer_kinds=(kind,), num_kv_heads=groups, head_dim=head_dim)
     torch.manual_seed(groups)
     attention = Attention(config, 0)
     for parameter in attention.parameters():
@@ -55,7 +55,9 @@ def test_costs_are_rounding_errors_in_the_metric_of_the_output(groups, kind):
                     expected[i] += float(moments.sample_key_weight[t] * weight) * error[i]
         found = torch.tensor(costs.of_group[bits], dtype=torch.float64)
         torch.testing.assert_close(found, expected.view(-1, GROUP).sum(1), rtol=1e-5, atol=1e-12)
-    assert costs.of_group[16] == [0.0] * 4 and costs.of_group[2] > costs.of_group[4] > costs.of_group[8]
+    assert costs.of_group[16] == [0.0] * 4
+    for wide, narrow in ((8, 4), (4, 2)):
+        assert all(a < b for a, b in zip(costs.of_group[wide], costs.of_group[narrow], strict=True))
 
 
 def test_groups_that_matter_get_the_bits():
@@ -70,6 +72,26 @@ def test_groups_that_matter_get_the_bits():
     assert widths[0] == 2 and widths[-1] == 8 and (2, 8, 2, 8) in widths
     assert all(c.spec.form_k == "dense" and c.spec.bits_v == 16 for c in choices)
     assert all(c.bytes == sum(e.nbytes for e in c.spec.key_entries(config)) for c in choices)
+
+
+@pytest.mark.parametrize("lacking", ["sample", "metric"])
+def test_without_knowledge_of_the_groups_they_count_alike(lacking):
+    config, attention, moments = _layer(1)
+    if lacking == "sample":
+        moments.sample_x, moments.sample_key_weight = moments.sample_x[:0], moments.sample_key_weight[:0]
+        moments.cross_fisher += _metric(config, torch.rand(1, 128))
+    choices = rounded_key_choices(config, RoundingCosts.of(attention, moments), 0.5, (16, 8, 4, 3, 2))
+    by_width = {c.spec.bits_k: c.kl for c in choices if isinstance(c.spec.bits_k, int)}
+    assert by_width[NOISE_BITS] == pytest.approx(0.5) and by_width[16] == 0
+    assert by_width[2] > by_width[3] > by_width[4] > by_width[8] > 0
+
+
+def test_groups_that_are_not_full_are_counted_as_they_are():
+    config, attention, moments = _layer(1, head_dim=80)
+    moments.cross_fisher += _metric(config, torch.rand(1, 80))
+    choices = rounded_key_choices(config, RoundingCosts.of(attention, moments), 0.5, (8, 4, 2))
+    assert choices[0].spec.bits_k == 2 and choices[-1].spec.bits_k == 8
+    assert all(a.bytes < b.bytes and a.kl > b.kl for a, b in zip(choices, choices[1:], strict=False))
 
 
 def test_costs_are_scaled_to_what_was_measured():

@@ -277,10 +277,13 @@ def test_pieces_cover_an_entry_once(count, bits, largest):
 
 
 @triton.jit
-def _unpack(out, at, stored, tokens, T: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _unpack(
+    out, at, stored, tokens, T: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
     slot = tl.arange(0, T)
     for start in tl.static_range(0, COUNT, BLOCK):
-        x = load_piece(stored, 0, slot, slot < tokens, 1, 2, 0, BITS, COUNT, start, BLOCK, tl.float32)
+        x = load_piece(stored, 0, slot, slot < tokens, 1, 2, 0, BITS, COUNT, start, BLOCK, TYPE)
         n = start + order_of_columns(BITS, BLOCK)
         keep = (slot < tokens)[:, None] & (n < COUNT)[None, :]
         tl.store(out + slot[:, None] * COUNT + n[None, :], x, mask=keep)
@@ -289,15 +292,18 @@ def _unpack(out, at, stored, tokens, T: tl.constexpr, BITS: tl.constexpr, COUNT:
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 @pytest.mark.parametrize("count", [96, 70, 40])  # rows that are words, bytes, and words up to some group's middle
-def test_packed_numbers_are_what_the_cache_stores(bits, count):
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_packed_numbers_are_what_the_cache_stores(bits, count, dtype):
     entry = Entry(2, count, bits)
     x = torch.randn(5, 2, count, generator=torch.Generator().manual_seed(bits)) * 3 + 1
     stored = entry.pack(x)
-    out, at = torch.zeros(5, count, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    out, at = torch.zeros(5, count, dtype=dtype, device=DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE)
     words = tuple(launch._words(t[None].to(DEVICE).contiguous()) for t in stored)
     assert words[0].dtype == (torch.uint8 if count * bits % 32 else torch.int32)
-    _unpack[(1,)](out, at, words, 5, T=16, BITS=bits, COUNT=count, BLOCK=64)
-    torch.testing.assert_close(out.cpu(), entry.unpack(stored, F32)[:, 1], rtol=0, atol=4e-6)
+    _unpack[(1,)](out, at, words, 5, T=16, BITS=bits, COUNT=count, BLOCK=64, TYPE=launch.DTYPES[dtype])
+    expected = entry.unpack(stored, F32)[:, 1]
+    rounding = 0.0 if dtype == F32 else 2.0**-11  # once
+    torch.testing.assert_close(out.cpu().float(), expected, rtol=rounding, atol=4e-6)
     assert torch.equal(at.cpu().long(), order(64, torch.device("cpu")))
 
 

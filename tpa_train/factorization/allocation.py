@@ -98,13 +98,7 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
             raise UserError(f"budget.forms: '{form}' cannot be chosen by a budget{nearest(form, FORMS)}")
     if not {"latent", "joint", "dense"} & set(budget.forms):
         raise UserError("budget.forms needs latent, joint or dense: the other forms cannot meet every budget.")
-    rank, bits = budget.multiple, min(budget.bits)
-    if "latent" in budget.forms:
-        least = LayerSpec("latent", rank, "latent", rank, bits)
-    elif "joint" in budget.forms:
-        least = LayerSpec("joint", rank, "joint", rank, bits)
-    else:
-        least = LayerSpec("dense", config.head_dim, "latent", rank, bits)
+    rank, least = budget.multiple, _least(config, budget)
     smallest = cache_bytes(config, [least] * config.num_layers, budget.context)
     if smallest > budget.bytes(config):
         best = int(10 * cache_bytes(config, dense_specs(config), budget.context) / smallest) / 10  # can be had itself
@@ -113,6 +107,20 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
             f"{rank} in every layer{' beside dense keys' * (least.form_k == 'dense')} reaches only {best:.1f}; ask for "
             "less or allow fewer budget.bits."
         )
+
+
+def _least(config: Gemma3Config, budget: Budget, rank: int | None = None) -> LayerSpec:
+    """Returns the smallest layer that the budget's forms can be; of ``rank``, or the smallest."""
+    rank, bits = rank or budget.multiple, min(budget.bits)
+    for form in ("latent", "joint"):
+        if form in budget.forms:
+            return LayerSpec(form, rank, form, rank, bits)
+    return LayerSpec("dense", config.head_dim, "latent", rank, bits)
+
+
+def can_be_met(config: Gemma3Config, budget: Budget) -> bool:
+    """Returns whether the budget's forms can be as small as it asks for."""
+    return cache_bytes(config, [_least(config, budget)] * config.num_layers, budget.context) <= budget.bytes(config)
 
 
 def layers_to_convert(config: Gemma3Config, budget: Budget) -> list[int]:
@@ -126,8 +134,9 @@ def layers_to_convert(config: Gemma3Config, budget: Budget) -> list[int]:
         return everything
     specs = dense_specs(config)
     floor = max(budget.multiple, config.head_dim // LOCAL_BELOW)
+    keys = ("dense", config.head_dim) if set(budget.forms) == {"dense"} else ("latent", floor)
     for i in globals_:
-        specs[i] = LayerSpec("latent", floor, "latent", floor)
+        specs[i] = LayerSpec(*keys, "latent", floor)
     return globals_ if cache_bytes(config, specs, budget.context) <= budget.bytes(config) else everything
 
 

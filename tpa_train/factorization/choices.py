@@ -10,6 +10,7 @@ width. Dropping is rounding to no bits at all, so ranks and bits are one dimensi
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -215,7 +216,9 @@ def _simple(bits: tuple[int, ...]) -> Bits:
 def rounded_key_choices(
     config: Gemma3Config, costs: RoundingCosts, noise: float, widths: Sequence[int]
 ) -> list[Choice]:
-    """Returns what dense keys can become in fewer bits, bytes ascending: the group that gains most gets wider next.
+    """Returns what dense keys can become in fewer bits: the group that gains most for its bytes gets wider next.
+
+    Where the calibration says nothing of the groups (no sample, or keys that never mattered), they count alike.
 
     Args:
         config: sizes.
@@ -223,14 +226,17 @@ def rounded_key_choices(
         noise: measured KL with all of them in ``NOISE_BITS`` bits, which scales the costs.
         widths: that the cache may use.
     """
-    groups = range(len(costs.of_group[NOISE_BITS]))
-    scale = max(noise, SMALLEST_KL) / max(costs.total([NOISE_BITS] * len(groups)), 1e-300)
-    hulls = [convex((b, costs.of_group[b][i], b) for b in widths) for i in groups]
+    counts = [min(GROUP, config.head_dim - start) for start in range(0, config.head_dim, GROUP)]
+    groups, noisy = range(len(counts)), [NOISE_BITS] * len(counts)
+    if not 0 < costs.total(noisy) < math.inf:
+        costs = RoundingCosts({b: [rounding_error(b)] * len(counts) for b in costs.of_group})
+    scale = max(noise, SMALLEST_KL) / costs.total(noisy)
+    hulls = [convex((entry_bytes(counts[i], b), costs.of_group[b][i], b) for b in widths) for i in groups]
     state, found = [0] * len(groups), []
 
     def gain(i: int) -> float:
-        (bits, cost, _), (more, less, _) = hulls[i][state[i]], hulls[i][state[i] + 1]
-        return (cost - less) / (more - bits)
+        (size, cost, _), (larger, less, _) = hulls[i][state[i]], hulls[i][state[i] + 1]
+        return (cost - less) / (larger - size)
 
     while True:
         bits = tuple(hull[s][2] for hull, s in zip(hulls, state, strict=True))

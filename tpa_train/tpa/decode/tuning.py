@@ -26,7 +26,7 @@ SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 JOINT = 64  # as ``TWO``, of joint latents
 PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take registers that unpacking needs
-# KiB of what ``_packed_tiles`` counts up to which two programs share a processor, with three stages and with two; a
+# 1,024 of what ``_packed_tiles`` counts up to which two programs share a processor, with three stages and with two; a
 # joint latent has more beside it
 FULL, JOINT_FULL = (51, 74), (45, 58)
 ROWS = 72, 108  # KiB that each of three and of two programs of packed rows may take
@@ -96,7 +96,8 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     if not (plan.keys.entry.exact and plan.values.entry.exact):
         if numbers > 544:
             return Tiles(tokens=32)
-        if plan.keys.mode == plan.values.mode == OWN:
+        exact = plan.keys.entry.exact or plan.values.entry.exact
+        if plan.keys.mode == plan.values.mode == OWN and not exact:
             return _packed_rows(plan)
         return Tiles()
     if numbers > 1088:
