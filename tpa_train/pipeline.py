@@ -23,6 +23,7 @@ from tpa_train.distributed.launching import local_rank
 from tpa_train.distributed.processes import first_of_node, from_first, merged, send_from_first, share, world_size
 from tpa_train.errors import UserError
 from tpa_train.factorization.allocation import (
+    ALONE,
     AUTO,
     Budget,
     allocate,
@@ -316,7 +317,7 @@ def choose_student(
     config, budget, bases = session.config, budget or session.budget, measured.bases
     mixes = [budget.forms]
     if len(budget.forms) > 1:
-        alone = [(form,) for form in ("latent", "joint", "dense") if form in budget.forms]
+        alone = [(form,) for form in ALONE if form in budget.forms]
         mixes += [forms for forms in alone if can_be_met(config, replace(budget, forms=forms))]
     layers = layers_to_convert(config, budget)
     text = sensitivity_text(session)

@@ -14,7 +14,7 @@ from tpa_train.checkpoints.weights import parameter_shapes
 from tpa_train.compilation import worth_compiling
 from tpa_train.distillation.layerwise import LayerwiseModule
 from tpa_train.distillation.teacher_cache import SHARD_BYTES
-from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_probes
+from tpa_train.factorization.allocation import Budget, layers_to_convert, plan_probes, uniform_spec
 from tpa_train.factorization.calibration import LayerMoments
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.gemma3.layers import MLP, RMSNorm
@@ -285,16 +285,13 @@ def likely_specs(config: Gemma3Config, budget: Budget) -> list[LayerSpec]:
     """Returns uniform forms that spend the budget: the allowed width nearest to ``LIKELY_BITS``, the largest rank."""
     layers = layers_to_convert(config, budget)
     likely = min(budget.bits, key=lambda width: (abs(width - LIKELY_BITS), width))
-    form = next(form for form in ("latent", "joint", "dense") if form in budget.forms)
-    widest = 2 * config.num_kv_heads * config.head_dim if form == "joint" else config.head_dim
+    joint = uniform_spec(config, budget, budget.multiple, likely).form_k == "joint"
+    widest = 2 * config.num_kv_heads * config.head_dim if joint else config.head_dim
     for bits in sorted({likely, min(budget.bits)}, reverse=True):
         for rank in range(widest // budget.multiple * budget.multiple, 0, -budget.multiple):
             specs = dense_specs(config)
             for layer in layers:
-                if form == "dense":
-                    specs[layer] = LayerSpec("dense", config.head_dim, "latent", rank, bits)
-                else:
-                    specs[layer] = LayerSpec(form, rank, form, rank, bits).with_norms(config, layer)
+                specs[layer] = uniform_spec(config, budget, rank, bits).with_norms(config, layer)
             if cache_bytes(config, specs, budget.context) <= budget.bytes(config):
                 return specs
     return specs  # the smallest rank; mixed widths will have to do better

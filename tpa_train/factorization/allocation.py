@@ -30,10 +30,11 @@ from tpa_train.tpa.quantization import BITS, GROUP
 from tpa_train.tpa.spec import LayerSpec, cache_bytes, dense_specs
 
 LOCAL_BELOW = 8  # without rounding, local layers join when global layers alone would fall below head_dim / 8 numbers
+AUTO = ("latent", "joint", "contextual", "constant_a")  # that compete where none are named
 # That a budget may choose from. "dense": keys in fewer bits, and otherwise as the original caches them, beside values
-# that are latents: nothing has to be rebuilt when it is read.
-FORMS = ("latent", "joint", "contextual", "constant_a", "dense")
-AUTO = FORMS[:4]  # dense keys buy speed: a budget of bytes alone has better ones
+# that are latents: nothing has to be rebuilt when it is read. It buys speed; for bytes alone there are better ones.
+FORMS = (*AUTO, "dense")
+ALONE = ("latent", "joint", "dense")  # that can be made smaller and smaller, and so meet a budget without others
 MEASURED_RANKS = 3  # contextual forms are measured at R = 1 … this
 CORRECTION = 50.0  # the most that a measured layer changes what its other choices are expected to cost
 MIXED_BITS = (16, 8, 4)  # and in these widths, of those that the budget allows
@@ -96,31 +97,34 @@ def validate_budget(config: Gemma3Config, budget: Budget) -> None:
     for form in budget.forms:
         if form not in FORMS:
             raise UserError(f"budget.forms: '{form}' cannot be chosen by a budget{nearest(form, FORMS)}")
-    if not {"latent", "joint", "dense"} & set(budget.forms):
+    if not set(ALONE) & set(budget.forms):
         raise UserError("budget.forms needs latent, joint or dense: the other forms cannot meet every budget.")
-    rank, least = budget.multiple, _least(config, budget)
-    smallest = cache_bytes(config, [least] * config.num_layers, budget.context)
+    rank, smallest = budget.multiple, _smallest_bytes(config, budget)
     if smallest > budget.bytes(config):
+        beside = " beside dense keys" if not {"latent", "joint"} & set(budget.forms) else ""
         best = int(10 * cache_bytes(config, dense_specs(config), budget.context) / smallest) / 10  # can be had itself
         raise UserError(
             f"budget.cache_ratio={budget.cache_ratio:g} cannot be met at budget.context={budget.context}: even rank "
-            f"{rank} in every layer{' beside dense keys' * (least.form_k == 'dense')} reaches only {best:.1f}; ask for "
-            "less or allow fewer budget.bits."
+            f"{rank} in every layer{beside} reaches only {best:.1f}; ask for less or allow fewer budget.bits."
         )
 
 
-def _least(config: Gemma3Config, budget: Budget, rank: int | None = None) -> LayerSpec:
-    """Returns the smallest layer that the budget's forms can be; of ``rank``, or the smallest."""
-    rank, bits = rank or budget.multiple, min(budget.bits)
-    for form in ("latent", "joint"):
-        if form in budget.forms:
-            return LayerSpec(form, rank, form, rank, bits)
-    return LayerSpec("dense", config.head_dim, "latent", rank, bits)
+def uniform_spec(config: Gemma3Config, budget: Budget, rank: int, bits: int) -> LayerSpec:
+    """Returns a layer of ``rank`` at one width in the first of ``ALONE`` that the budget has."""
+    form = next(form for form in ALONE if form in budget.forms)
+    if form == "dense":
+        return LayerSpec("dense", config.head_dim, "latent", rank, bits)
+    return LayerSpec(form, rank, form, rank, bits)
+
+
+def _smallest_bytes(config: Gemma3Config, budget: Budget) -> int:
+    least = uniform_spec(config, budget, budget.multiple, min(budget.bits))
+    return cache_bytes(config, [least] * config.num_layers, budget.context)
 
 
 def can_be_met(config: Gemma3Config, budget: Budget) -> bool:
     """Returns whether the budget's forms can be as small as it asks for."""
-    return cache_bytes(config, [_least(config, budget)] * config.num_layers, budget.context) <= budget.bytes(config)
+    return _smallest_bytes(config, budget) <= budget.bytes(config)
 
 
 def layers_to_convert(config: Gemma3Config, budget: Budget) -> list[int]:
@@ -202,9 +206,9 @@ def layer_choices(
             basis = bases.part(layer, kind)
             found += curve(kind, "latent", Groups.of(basis.energies, basis.spread.square(), budget.group_size))
         if kind == "k" and rounded is not None:
-            (noise,) = [kl for p, kl in own.items() if (p.kind, p.form, p.bits) == ("k", "dense", NOISE_BITS)]
+            noise = own[Probe(layer, "k", "dense", config.head_dim, NOISE_BITS)]
             found += rounded_key_choices(config, rounded, noise, budget.bits)
-        forms = set(budget.forms) - {"latent", "joint", "dense"}
+        forms = set(budget.forms) - set(ALONE)
         singly = [p for p in own if p.kind == kind and p.form in forms and p.bits in budget.bits]
         found += [measured_choice(config, p, own[p]) for p in singly]
         if found and 16 in budget.bits:  # first: of two that lose nothing in the same bytes, the original is taken
