@@ -88,7 +88,7 @@ def test_greedy_texts_are_the_students_and_the_cache_holds_its_bytes(pair):
         if spec.converted:
             layer, entries = cache.layers[index], spec.key_entries(TINY) + spec.value_entries(TINY)
             kept = new + 4 if TINY.is_global(index) else TINY.sliding_window - 1
-            wide = sum(2 * e.rows * (b - a) for e in entries for a, b, bits in e.segments if bits == 16)  # float32
+            wide = sum(2 * e.rows * count for e in entries for bits, count, _ in e.segments if bits == 16)  # float32
             expected_bytes = kept * (spec.bytes_per_token(TINY) + wide)
             assert layer.keys.nbytes + layer.values.nbytes == expected_bytes
 

@@ -354,7 +354,7 @@ def test_only_what_the_budget_allows_is_offered():
         rounded = _rounding() if "dense" in budget.forms else None
         specs = [c.spec for c in layer_choices(config, budget, 5, bases, measured, joint, rounded)]
         entries = [e for s in specs for e in (*s.key_entries(config), *s.value_entries(config)) if e.count > 4]
-        return {f for s in specs for f in (s.form_k, s.form_v)}, {b for e in entries for *_, b in e.segments}
+        return {f for s in specs for f in (s.form_k, s.form_v)}, {b for e in entries for b in e.widths}
 
     assert offered(Budget()) == ({"latent", "dense"}, {16, 8, 6, 4, 3, 2})
     assert offered(Budget(bits=(8,))) == ({"latent"}, {8})

@@ -18,12 +18,15 @@ from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode import attend_cached, launch
 from tpa_train.tpa.decode.absorbed import attend_absorbed
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare
+from tpa_train.tpa.decode.packed import attend_packed
+from tpa_train.tpa.decode.plan import columns as columns_of
 from tpa_train.tpa.decode.plan import order, pieces, plan_of
 from tpa_train.tpa.decode.reference import attend_reference
 from tpa_train.tpa.decode.tuning import FEW, default_tiles
 from tpa_train.tpa.decode.turning import turning
 from tpa_train.tpa.decode.unpacking import load_piece
 from tpa_train.tpa.decode.unpacking import order as order_of_columns
+from tpa_train.tpa.decode.values import unit_of
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.spec import LayerSpec
 
@@ -65,6 +68,53 @@ def test_half_precision_in_a_ring(form):
     tiles = dataclasses.replace(SMALL, tokens=32)
     error, reference = _errors(layer(2, FORMS[form], local=True), [37, 1], 40, dtype, [2, 0], tiles, splits=1)
     assert error < 1.5 * reference < 2e-2
+
+
+# Of two KV heads of 128 numbers: of one width, read in units of two bytes and of one, and unpacked; widths that
+# alternate; latents, rebuilt or absorbed.
+CODES = {
+    "8": ("dense", 128, "dense", 128, 8),
+    "4": ("dense", 128, "latent", 96, 4),
+    "2": ("dense", 128, "dense", 128, 2),
+    "6, 3": ("dense", 128, "dense", 128, 6, 3),
+    "mixed": ("dense", 128, "latent", 120, (2, 8, 2, 8), (4, 8, 4, 16)),
+    "beside 16": ("dense", 128, "dense", 128, 16, 4),
+    "under 16": ("dense", 128, "dense", 128, 4, 16),
+    "latent": ("latent", 64, "latent", 128, 4),
+    "joint": ("joint", 160, "joint", 160, (8, 4, 8, 4, 4)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("form", CODES)
+def test_codes_are_multiplied_as_they_are_cached(form, heads):
+    """One and three query heads a KV head; a context in several parts, one of them in a tile's middle."""
+    attention = layer(2, LayerSpec(*CODES[form]), head_dim=128, num_heads=heads)
+    tiles = dataclasses.replace(SMALL, tokens=32, largest=128, columns=64, absorbed=None if heads > 2 else False)
+    for dtype in (F16, BF16) if form in ("4", "mixed") else (BF16,):
+        error, reference = _errors(attention, [70, 33], 80, dtype, tiles=tiles, splits=2)
+        assert error < 1.2 * reference < 2e-2
+    queries, cached, _ = filled(attention, [70, 33], 80, BF16)
+    last = prepare(attention, plan_of(attention, BF16, torch.device("cpu")), queries, cached, tiles, 1)[1][-1]
+    assert (last.kernel is attend_packed) == (CODES[form][0] == "dense")
+    shares = 16 // (4 if heads == 6 else 1)
+    pieces_of = last.options["VALUE_PIECES"]
+    units = [unit_of(pieces_of, i, last.options["VALUE_TYPE"], shares) for i in range(len(pieces_of) // 7)]
+    read = {"8": [2], "4": [2, 0], "2": [4], "6, 3": [0], "mixed": [2, 1, 0, 0], "beside 16": [4], "under 16": [0]}
+    assert units == read.get(form, units) and (form not in ("latent", "joint") or any(units))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [3e-4, 1.0, 300.0])
+def test_weights_of_codes_fit_into_float16(size):
+    """Scales from 2e-5 to 20, with probabilities from 1 down to e^−30."""
+    attention = layer(1, LayerSpec("dense", 64, "dense", 64, 16, 4), head_dim=64)
+    attention.values.proj.weight.mul_(size)
+    attention.q_proj.weight.mul_(6.0)
+    tiles = dataclasses.replace(SMALL, tokens=32, largest=64)
+    error, reference = _errors(attention, [90], 96, F16, tiles=tiles, splits=1)
+    assert error < 2 * reference < 4e-3
 
 
 @torch.no_grad()
@@ -262,18 +312,24 @@ def test_constants_follow_the_parameters():
     assert not torch.equal(plan_of(attention, F32, torch.device("cpu")).offset, changed.offset)
 
 
-@pytest.mark.parametrize("count,bits", [(49, 16), (8, 16), (256, 4), (160, (8, 4, 4, 3, 16)), (33, 2), (96, 6)])
+@pytest.mark.parametrize(
+    "count,bits",
+    [(49, 16), (8, 16), (256, 4), (160, (8, 4, 4, 3, 16)), (33, 2), (96, 6), (190, (2, 16, 4, 2, 16, 2))],
+)
 @pytest.mark.parametrize("largest", [32, 128])
 def test_pieces_cover_an_entry_once(count, bits, largest):
     entry = Entry(2, count, bits)
     found = pieces(entry, 3, largest)
-    columns = []
+    found_columns = []
     for i in range(0, len(found), 7):
-        tensor, width, size, first, block, column, padded = found[i : i + 7]
+        tensor, width, size, first, block, _, padded = piece = found[i : i + 7]
         assert block & (block - 1) == 0 and block <= largest and padded % 16 == 0 and first % 16 == 0
         assert width == 16 or first % 32 == block % 32 == 0
-        columns += range(column, column + min(block, size - first))
-    assert columns == list(range(count))
+        own = columns_of(piece, torch.arange(min(block, size - first))).tolist()
+        assert {entry.widths[n // 32] for n in own} == {width}
+        found_columns += own
+    assert sorted(found_columns) == list(range(count))
+    assert found_columns == list(range(count)) or len(set(entry.widths)) > 1
 
 
 @triton.jit

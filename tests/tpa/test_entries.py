@@ -1,5 +1,6 @@
 """Cache entries with one width a group of 32: what training sees is what is stored, in the bytes that are counted."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -62,15 +63,20 @@ def test_bytes_are_those_of_the_storage(entry):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_widths(data):
-    """Neighbours of one width are stored together: in no more tensors than there are changes of width."""
+    """Groups of one width are stored together: in no more tensors than there are widths."""
     count = data.draw(st.integers(1, 200))
     bits = tuple(data.draw(st.lists(st.sampled_from(BITS), min_size=-(-count // 32), max_size=-(-count // 32))))
     entry = Entry(2, count, bits)
     x = _numbers(entry)
     assert torch.equal(entry.unpack(entry.pack(x), x.dtype), entry.rounded(x))
     assert entry.nbytes == _bytes(entry)
-    assert [s[:2] for s in entry.segments][-1][1] == count
-    assert all(a[1] == b[0] and a[2] != b[2] for a, b in zip(entry.segments, entry.segments[1:], strict=False))
+    assert sorted(g for s in entry.segments for g in s.groups) == list(range(len(bits)))
+    assert all(bits[g] == s.bits for s in entry.segments for g in s.groups)
+    assert len({s.bits for s in entry.segments}) == len(entry.segments)
+    assert [run.start for run in entry.runs] == [0, *itertools.accumulate(run.count for run in entry.runs)][:-1]
+    for run in entry.runs:
+        assert entry.segments[run.segment].groups[run.within // 32] == run.start // 32
+        assert {bits[g] for g in range(run.groups.start, run.groups.stop)} == {run.bits}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)

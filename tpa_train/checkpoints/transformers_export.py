@@ -162,4 +162,4 @@ def _layer_plan(student: Gemma3ForMultimodalLMwithTPA, index: int) -> dict[str, 
 
 
 def _layout(entry: Entry) -> list[Any]:
-    return [entry.rows, entry.count, [list(segment) for segment in entry.segments]]
+    return [entry.rows, entry.count, [[run.start, run.start + run.count, run.bits] for run in entry.runs]]

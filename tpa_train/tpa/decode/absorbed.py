@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode.chain import await_previous, begin_next
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, exponentials, leave, no_values, part_of
+from tpa_train.tpa.decode.kernel import EMPTY, exponentials, part_of
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, zeros
+from tpa_train.tpa.decode.values import add_values, head_of, leave, no_values, spread
 
 WIDE = tl.constexpr(192)  # numbers of a latent
 
@@ -146,13 +147,6 @@ def absorb(
     tl.store(w + at * R + r[None, :], bounded(total, KEY_TYPE), mask=kept[:, None] & narrower)
 
 
-@triton.jit
-def _spread(x, BH: tl.constexpr):
-    """[T, RH] to [T, BH]: heads over and over, to fill a matrix product."""
-    x = tl.broadcast_to(x[:, None, :], (x.shape[0], BH // x.shape[1], x.shape[1]))
-    return tl.reshape(x, (x.shape[0], BH))
-
-
 @triton.jit(do_not_specialize=("slots", "pitch", "splits", "spans", "tiles"))
 def attend_absorbed(
     out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis, turned, up, offset, table,
@@ -194,6 +188,7 @@ def attend_absorbed(
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     JOINT: tl.constexpr = KEY_PIECES[0] == VALUE_PIECES[0]
+    SHARES: tl.constexpr = BH // RH
     ups = ()
     if FAST > 0:
         # Both numbers of a pair lie side by side, and so in one thread.
@@ -217,7 +212,7 @@ def attend_absorbed(
         at_turned = turned + (head.to(tl.int64) * tiles * (2 * FAST))[None, :] + place[:, None]
     m = tl.full((RH,), EMPTY, tl.float32)
     totals = zeros(T, RH)  # of every place in a tile: summed up once, at the end
-    accs = no_values(VALUE_PIECES, BH)
+    accs = no_values(VALUE_PIECES, T, BH, VALUE_TYPE, SHARES)
     at = begin + tl.arange(0, T)
     factor = norms(stored, sequence, at, at < end, row, GROUPS, NORM)
     await_previous(DEPENDENT)  # W, its bias and the turned queries are read from here on
@@ -270,15 +265,15 @@ def attend_absorbed(
         # Wide joint latents are read twice, as in ``rebuilt``: kept for the values, they would fill the registers.
         again = sequence + tl.multiple_of((tile - begin) % T, 16) if JOINT and R > WIDE else sequence
         accs = add_values(
-            accs, _spread(p, BH), tl.reshape(_spread(alpha[None, :], BH), (BH,)), stored, again, slot, valid,
+            accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, again, slot, valid,
             row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following
-    n = tl.arange(0, BH)
-    m = tl.reshape(_spread(m[None, :], BH), (BH,))
-    total = tl.reshape(_spread(tl.sum(totals, 0)[None, :], BH), (BH,))
+    n = head_of(tl.arange(0, BH), BH, SHARES)
+    m = tl.reshape(spread(m[None, :], BH, RH), (BH,))
+    total = tl.reshape(spread(tl.sum(totals, 0)[None, :], BH, RH), (BH,))
     leave(
-        accs, m, total, out, partial, lse, row * REPEATS + n % RH, n < REPEATS, GROUPS * REPEATS, splits, E, SPLIT,
-        VALUE_PIECES, DTYPE, REPEATS // JOINED if JOINED > 1 else 0,
+        accs, m, total, out, partial, lse, row * REPEATS + n, n < REPEATS, GROUPS * REPEATS, splits, E, SPLIT,
+        VALUE_PIECES, VALUE_TYPE, SHARES, DTYPE, REPEATS // JOINED if JOINED > 1 else 0,
     )  # fmt: skip

@@ -3,10 +3,10 @@
 A program goes through its part of the context in tiles of T tokens, in the order of their positions, so a ring's wrap
 is never seen: position p lies in slot p modulo the slots.
 
-``attend_direct``, here, serves keys that are cached rotated: score(h, s) = Σ_j a(s, j, h) · (q_h · row_j(s)).
-``rebuilt.attend_rebuilt`` serves latents.
+``attend_direct``, here, serves keys that are cached rotated: score(h, s) = Σ_j a(s, j, h) · (q_h · row_j(s));
+``packed.attend_packed`` those of them that are packed, ``rebuilt.attend_rebuilt`` and ``absorbed`` latents.
 
-Values are Σ_j w(s, j, h) · row_j(s), with p(h, s) multiplied into the weights; a row may be a latent.
+Values are Σ_j w(s, j, h) · row_j(s), with p(h, s) multiplied into the weights; a row may be a latent. See ``values``.
 
 Shapes: B sequences, G KV heads, H query heads, d head_dim, T tokens of a tile, BH heads of a program, padded to what a
 matrix product wants. PIECES: see ``unpacking``.
@@ -17,85 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.chain import begin_next
-from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, operand, order, zeros
+from tpa_train.tpa.decode.unpacking import bounded, columns, dot, operand, order
+from tpa_train.tpa.decode.values import UNROLLED, add_values, leave, no_values, weighted
 
-UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
 EMPTY = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def weighted(
-    x, j, stored, sequence, slot, valid, group, constants,
-    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Multiplies ``x`` [T, BH] by the weights of row ``j`` for every token and head.
-
-    ONE_HOT: rows are KV heads. CACHED: [R, G] numbers of the token. CONSTANT: ``constants`` [rows, G].
-    WHOLE: the heads are those of all KV heads in turn, equally many each; their numbers are read as they lie, in words.
-    """
-    if MODE == 1:
-        x = tl.where((group == j)[None, :], x, 0.0)
-    elif MODE == 2:
-        base = stored[TENSOR] + sequence * (ROWS * GROUPS) + j * GROUPS
-        if WHOLE:
-            at = (slot * (ROWS * GROUPS))[:, None] + tl.arange(0, GROUPS)[None, :]
-            w = tl.load(base + at, mask=valid[:, None], other=0.0)
-            w = tl.broadcast_to(w[:, :, None], (x.shape[0], GROUPS, x.shape[1] // GROUPS))
-            x = x * tl.reshape(w, (x.shape[0], x.shape[1])).to(tl.float32)
-        else:
-            at = (slot * (ROWS * GROUPS))[:, None] + group[None, :]
-            x = x * tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
-    elif MODE == 3:
-        x = x * tl.load(constants + j * GROUPS + group)[None, :]
-    return x
-
-
-@triton.jit
-def no_values(PIECES: tl.constexpr, BH: tl.constexpr):
-    accs = ()
-    for i in tl.static_range(len(PIECES) // 7):
-        accs = accs + (zeros(BH, PIECES[7 * i + 4]),)
-    return accs
-
-
-@triton.jit
-def _add_row(
-    accs, weights, stored, sequence, slot, valid, row,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, WEIGHTED: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Adds Σ_s weights[s, h] · row(s) to the accumulators [BH, BLOCK]."""
-    left = tl.trans(weights)
-    left = bounded(left, TYPE) if WEIGHTED else narrow(left, TYPE)
-    new = ()
-    for i in tl.static_range(len(PIECES) // 7):
-        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, TYPE)
-        new = new + (dot(left, x, accs[i], TYPE),)
-    return new
-
-
-@triton.jit
-def add_values(
-    accs, p, alpha, stored, sequence, slot, valid, group, row, constants,
-    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
-    WHOLE: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH]."""
-    new = ()
-    for i in tl.static_range(len(PIECES) // 7):
-        new = new + (accs[i] * alpha[:, None],)
-    if MODE == 0:
-        new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, False, TYPE)
-    elif ROWS <= UNROLLED:
-        for j in tl.static_range(ROWS):
-            w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE)
-    else:
-        for j in range(ROWS):
-            w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE)
-    return new
 
 
 @triton.jit
@@ -136,43 +62,11 @@ def softmax(s, valid, m, total):
 
 
 @triton.jit
-def leave(
-    accs, m, total, out, partial, lse, head, inside, heads, splits,
-    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, SHARING: tl.constexpr = 0,
-):  # fmt: skip
-    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2.
-
-    SHARING: heads of each KV head where rows are those of several, one beside the other, and a head has its own's.
-    """
-    place = tl.program_id(2) * heads + head
-    scale = 1.0 / tl.where(total > 0, total, 1.0)
-    if SPLIT:
-        tl.store(lse + place * splits + tl.program_id(1), m + tl.log2(total), mask=inside)
-    for i in tl.static_range(len(PIECES) // 7):
-        # Of the columns that are stored, those of the piece.
-        n = order(PIECES[7 * i + 1], PIECES[7 * i + 4])
-        column = PIECES[7 * i + 5] + n
-        keep = inside[:, None] & (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :]
-        to = column[None, :]
-        if SHARING > 0:
-            own = (tl.arange(0, head.shape[0]) // SHARING * E)[:, None]
-            keep = keep & (to >= own) & (to < own + E)
-            to = to - own
-        x = accs[i] * scale[:, None]
-        if SPLIT:
-            at = (place.to(tl.int64) * splits + tl.program_id(1)) * E
-            tl.store(partial + at[:, None] + to, x, mask=keep)
-        else:
-            at = place.to(tl.int64) * E
-            tl.store(out + at[:, None] + to, narrow(x, DTYPE), mask=keep)
-
-
-@triton.jit
 def _query_piece(q, head, inside, d: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr):
     """[BLOCK, BH], zero beyond the piece's numbers."""
     n = order(PIECES[7 * i + 1], PIECES[7 * i + 4])
     keep = (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[:, None] & inside[None, :]
-    x = tl.load(q + (head * d)[None, :] + (PIECES[7 * i + 5] + n)[:, None], mask=keep, other=0.0)
+    x = tl.load(q + (head * d)[None, :] + columns(n, PIECES, i)[:, None], mask=keep, other=0.0)
     if x.dtype != TYPE:
         x = bounded(x.to(tl.float32), TYPE)
     return x
@@ -232,7 +126,7 @@ def attend_direct(
             return
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
-    accs = no_values(VALUE_PIECES, BH)
+    accs = no_values(VALUE_PIECES, T, BH, VALUE_TYPE, 0)
     for tile in range(begin, end, T):
         slot = tile + tl.arange(0, T)
         valid = slot < end
@@ -261,6 +155,9 @@ def attend_direct(
         p, m, total, alpha = softmax(s * scale, valid, m, total)
         accs = add_values(
             accs, p, alpha, stored, sequence, slot, valid, group, row, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, VALUE_TYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, VALUE_TYPE, 0,
         )  # fmt: skip
-    leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)
+    leave(
+        accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, VALUE_TYPE,
+        0, DTYPE,
+    )  # fmt: skip

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tpa_train.gemma3.attention import Attention
-from tpa_train.tpa.decode import absorbed, chain, kernel, rebuilt
+from tpa_train.tpa.decode import absorbed, chain, kernel, packed, rebuilt
 from tpa_train.tpa.decode import combine as joining
 from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.plan import (
     LEAST,
     LONGEST,
+    OWN,
     AbsorbedKeys,
     Plan,
     Rows,
@@ -36,6 +37,7 @@ from tpa_train.tpa.decode.reference import GROUP_BYTES
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.tuning import chosen, key_of
 from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.quantization import GROUP
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 PROCESSORS = 132  # of an H100; where there is no device to ask
@@ -145,6 +147,7 @@ def prepare(
         lse = queries.new_empty(batch, heads, splits, dtype=torch.float32)
     stored = tuple(_words(t) for t in cached.stored)
     key_pieces = pieces(keys.entry, keys.first, tiles.largest)
+    own = power_of_two(heads // config.num_kv_heads)  # query heads of a KV head, padded
     nothing = cached.rotary[0]  # float32, not read
     key_type, value_type = operand_type(keys.entry, dtype), operand_type(values.entry, dtype)
     options: dict[str, Any] = {
@@ -163,8 +166,8 @@ def prepare(
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
         nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
     )  # fmt: skip
-    packed = not (keys.entry.exact and values.entry.exact)
-    if packed and tiles.tokens < 32 and dtype != torch.float32:
+    rounded = not (keys.entry.exact and values.entry.exact)
+    if rounded and tiles.tokens < 32 and dtype != torch.float32:
         raise ValueError(f"tiles of {tiles.tokens} tokens: packed numbers need 32 in {dtype} (see Tiles)")
     scale = config.scale * math.log2(math.e)
     launches: list[Launch] = []
@@ -173,7 +176,7 @@ def prepare(
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
         # A table of more pairs fills the registers, and so does one beside what unpacking needs.
-        kept = found.fast <= 32 and (tiles.registers is None or not packed)
+        kept = found.fast <= 32 and (tiles.registers is None or not rounded)
         options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
@@ -184,8 +187,14 @@ def prepare(
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
             "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
+            "SHARES": 0 if values.mode or values.entry.exact else options["BH"] // own,
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
+    elif rounded and dtype != torch.float32 and own < LEAST and keys.mode == values.mode == OWN:
+        names = ("KEY_MODE", "KEY_TENSOR", "NORM", "VALUE_MODE", "VALUE_TENSOR")
+        options = {k: v for k, v in options.items() if k not in names} | {"RH": own}
+        options["KEY_PIECES"] = pieces(keys.entry, keys.first, min(tiles.largest, GROUP * LEAST // own))
+        arguments, attend = (*arguments[:7], cached.slots, pitch, splits, scale), packed.attend_packed
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
@@ -222,7 +231,7 @@ def _joined(rows: Rows, count: int) -> Rows:
     if count == 1:
         return rows
     entry = rows.entry
-    return replace(rows, entry=Entry(entry.rows // count, entry.count * count, entry.segments[0][2]))
+    return replace(rows, entry=Entry(entry.rows // count, entry.count * count, entry.segments[0].bits))
 
 
 def _absorbed_keys(plan: Plan, tiles: Tiles) -> AbsorbedKeys | None:

@@ -31,6 +31,7 @@ from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.stored import are_stored, plain
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointValues, LatentKeys, LatentValues
+from tpa_train.tpa.quantization import GROUP
 
 MAX_SEGMENTS = 64
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -101,7 +102,7 @@ def _plan(attention: Attention) -> Plan | None:
 def _served(attention: Attention) -> bool:
     if not isinstance(attention, FactorizedAttention) or not isinstance(attention.keys, _KEYS):
         return False
-    if not isinstance(attention.values, _VALUES) or any(len(e.segments) > MAX_SEGMENTS for e in attention.entries):
+    if not isinstance(attention.values, _VALUES) or any(len(e.runs) > MAX_SEGMENTS for e in attention.entries):
         return False
     return not are_stored(attention)
 
@@ -247,9 +248,10 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Where the tensors of an entry go: (its segment, whether it holds scales) of each."""
+    """Where the tensors of an entry go: of each, whether it holds scales, and the runs that lie in it, (number, first
+    group) each."""
 
-    places: list[tuple[int, bool]]
+    places: list[tuple[bool, list[tuple[int, int]]]]
 
     @property
     def tensors(self) -> int:
@@ -257,29 +259,36 @@ class _Shapes:
 
 
 def _lay_out(target: _Entry, entry: Entry) -> _Shapes:
-    """Describes ``entry`` in ``target``, but for its memory."""
-    places: list[tuple[int, bool]] = []
-    target.rows, target.count, target.segments = entry.rows, entry.count, len(entry.segments)
+    """Describes ``entry`` in ``target``, but for its memory; C reads numbers in their order, run by run."""
+    places: list[tuple[bool, list[tuple[int, int]]]] = []
+    target.rows, target.count, target.segments = entry.rows, entry.count, len(entry.runs)
     target.padded = -(-entry.count // PADDING) * PADDING
-    for index, (start, stop, bits) in enumerate(entry.segments):
+    for index, run in enumerate(entry.runs):
         segment = target.segment[index]
-        segment.start, segment.count, segment.bits = start, stop - start, bits
-        places += [(index, False)] if bits == 16 else [(index, False), (index, True)]
+        segment.start, segment.count, segment.bits = run.start, run.count, run.bits
+    for index, (bits, *_) in enumerate(entry.segments):
+        runs = [(i, run.within // GROUP) for i, run in enumerate(entry.runs) if run.segment == index]
+        places += [(False, runs)] if bits == 16 else [(False, runs), (True, runs)]
     return _Shapes(places)
 
 
 def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> bool:
     """Has ``target`` point to the tensors [rows, slots, heads, n] of its entry; False: of no kind that is read."""
-    for (index, scales), t in zip(shapes.places, stored, strict=True):
-        segment, size, (row, token, head, *inner) = target.segment[index], t.element_size(), t.stride()
+    for (scales, runs), t in zip(shapes.places, stored, strict=True):
+        size, (row, token, head, *inner) = t.element_size(), t.stride()
         kind = 0 if t.dtype == torch.uint8 else KINDS.get(t.dtype)
         if kind is None or inner[-1] != 1:
             return False
-        if scales:
-            segment.scales, segment.strides[3:] = t.data_ptr(), (size * row, size * token, size * head)
-        else:
-            segment.codes, segment.kind = t.data_ptr(), kind
-            segment.strides[:3] = size * row, size * token, size * head
+        for index, group in runs:
+            segment = target.segment[index]
+            if scales:
+                segment.scales, segment.strides[3:] = (
+                    t.data_ptr() + size * group * inner[0], (size * row, size * token, size * head)
+                )  # fmt: skip
+            else:
+                before = group * (GROUP * size if segment.bits == 16 else GROUP // 8 * segment.bits)
+                segment.codes, segment.kind = t.data_ptr() + before, kind
+                segment.strides[:3] = size * row, size * token, size * head
     return True
 
 

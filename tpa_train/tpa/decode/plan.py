@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -50,12 +51,20 @@ def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
     """
     found: list[int] = []
     padded = 0
-    for start, stop, bits in entry.segments:
-        for first, block in _blocks(stop - start, largest, LEAST if bits == 16 else GROUP):
-            found += [tensor, bits, stop - start, first, block, start + first, padded]
+    for bits, count, groups in entry.segments:
+        for first, block in _blocks(count, largest, LEAST if bits == 16 else GROUP):
+            held = groups[first // GROUP : -(-(first + block) // GROUP)]
+            found += [tensor, bits, count, first, block, sum(g << 16 * i for i, g in enumerate(held)), padded]
             padded += block
         tensor += 1 if bits == 16 else 2
     return tuple(found)
+
+
+def columns(piece: Sequence[int], numbers: Tensor) -> Tensor:
+    """Returns which numbers of the entry the ``numbers`` of a piece, counted from its first, are."""
+    _, _, _, first, block, held, _ = piece
+    groups = torch.tensor([held >> 16 * i & 0xFFFF for i in range(-(-block // GROUP))], device=numbers.device)
+    return groups[(first % GROUP + numbers) // GROUP] * GROUP + (first % GROUP + numbers) % GROUP
 
 
 def order(block: int, device: torch.device) -> Tensor:
@@ -132,8 +141,8 @@ class Plan:
             up = self.up.mT  # [G or 1, 2, r, d/2]
             blocks = []
             for i in range(0, len(key_pieces), 7):
-                _, bits, count, first, block, column, _ = key_pieces[i : i + 7]
-                part = up[:, :, column : column + min(block, count - first)]
+                _, bits, count, first, block, *_ = piece = key_pieces[i : i + 7]
+                part = up[:, :, columns(piece, torch.arange(min(block, count - first), device=up.device))]
                 part = F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2]))
                 blocks.append(part if bits == 16 else part[:, :, order(block, part.device)])
             most = torch.finfo(dtype).max

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode.chain import begin_next
-from tpa_train.tpa.decode.kernel import EMPTY, add_values, leave, no_values, part_of, softmax
+from tpa_train.tpa.decode.kernel import EMPTY, part_of, softmax
 from tpa_train.tpa.decode.unpacking import bounded, dot, load_piece, narrow, operand, zeros
+from tpa_train.tpa.decode.values import add_values, head_of, leave, no_values
 
 
 @triton.jit
@@ -100,8 +101,8 @@ def attend_rebuilt(
     OWN_UP: tl.constexpr, HAS_RMS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr, LONGEST: tl.constexpr,
     VALUE_MODE: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_TENSOR: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
-    HB: tl.constexpr, HC: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, DTYPE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    HB: tl.constexpr, HC: tl.constexpr, SHARES: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
+    DTYPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (G, splits, B); keys are rebuilt HC columns of each half at a time. As ``attend_direct``, and
 
@@ -119,7 +120,7 @@ def attend_rebuilt(
         if begin >= end:
             return
     row = tl.program_id(0)
-    n = tl.arange(0, BH)
+    n = head_of(tl.arange(0, BH), BH, SHARES)
     inside = n < REPEATS
     group = row + 0 * n
     head = row * REPEATS + n
@@ -142,7 +143,7 @@ def attend_rebuilt(
     at_table = relative + tl.arange(0, T)[:, None] * HB
     m = tl.full((BH,), EMPTY, tl.float32)
     total = tl.zeros((BH,), tl.float32)
-    accs = no_values(VALUE_PIECES, BH)
+    accs = no_values(VALUE_PIECES, T, BH, VALUE_TYPE, SHARES)
     at = begin + tl.arange(0, T)
     factor = norms(stored, sequence, (first + at) % slots if RING else at, at < end, row, GROUPS, NORM)
     for tile in range(begin, end, T):
@@ -199,7 +200,10 @@ def attend_rebuilt(
         again = sequence + zero if WIDTH > 192 else sequence
         accs = add_values(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
-            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE,
+            VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following
-    leave(accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, DTYPE)
+    leave(
+        accs, m, total, out, partial, lse, head, inside, GROUPS * REPEATS, splits, E, SPLIT, VALUE_PIECES, VALUE_TYPE,
+        SHARES, DTYPE,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
 from tpa_train.tpa.entries import Entry
-from tpa_train.tpa.quantization import GROUP, SCALE_BYTES, entry_bytes
+from tpa_train.tpa.quantization import SCALE_BYTES, entry_bytes
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
@@ -124,9 +124,9 @@ def _loaded(entry: Entry) -> int:
     """Returns the bytes of shared memory that a row of an entry takes: of 6 and 3 bits every word is read twice, and
     three as four."""
     found = 0
-    for start, stop, bits in entry.segments:
-        whole = entry_bytes(stop - start, bits)
-        scales = 0 if bits == 16 else SCALE_BYTES * -(-(stop - start) // GROUP)
+    for bits, count, groups in entry.segments:
+        whole = entry_bytes(count, bits)
+        scales = 0 if bits == 16 else SCALE_BYTES * len(groups)
         found += scales + (whole - scales) * (8 if bits in (6, 3) else 3) // 3
     return found
 

@@ -1,7 +1,7 @@
 """Device functions that read cached entries: what is quantized (``tpa.quantization``) is unpacked in registers.
 
 The last dimension of an entry is read in PIECES, seven whole numbers each: tensor, bits, numbers of its row, first
-number, BLOCK, column in the entry, column where all blocks are padded. T is the tokens of a tile.
+number, BLOCK, groups of the entry (16 bits each), column where all blocks are padded. T is the tokens of a tile.
 """
 
 from __future__ import annotations
@@ -10,6 +10,24 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.constexpr_function
+def shift_of(BITS, AT):
+    """Returns by how many bits codes at bit AT are shifted to be among the ten last bits of float16 numbers."""
+    return 0 if AT + BITS <= 10 else (8 if BITS == 4 else AT)
+
+
+@triton.constexpr_function
+def factor_of(BITS, AT):
+    """Returns by which factor codes at bit AT are then larger than at bit 0."""
+    return float(1 << AT - shift_of(BITS, AT))
+
+
+@triton.constexpr_function
+def last_of(BITS):
+    """Returns at which bit of ``_paired``'s last words the third pair of codes lies; the fourth lies BITS beyond."""
+    return {6: 4, 8: 0}.get(BITS, 2 * BITS)
 
 
 @triton.jit
@@ -56,17 +74,38 @@ def order(BITS: tl.constexpr, BLOCK: tl.constexpr):
     return n
 
 
+@triton.constexpr_function
+def _group_at(PIECES, i, k):
+    return PIECES[7 * i + 5] >> 16 * k & 0xFFFF
+
+
+@triton.constexpr_function
+def _groups_in(PIECES, i):
+    return (PIECES[7 * i + 4] + 31) // 32
+
+
 @triton.jit
-def _load_words(
-    base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr
+def columns(n, PIECES: tl.constexpr, i: tl.constexpr):
+    """Which numbers of the entry the numbers ``n`` of the i-th piece are; ``plan.columns`` says the same."""
+    n += PIECES[7 * i + 3] % 32
+    group = 0 * n + _group_at(PIECES, i, 0)
+    for k in tl.static_range(1, _groups_in(PIECES, i)):
+        group = tl.where(n // 32 == k, _group_at(PIECES, i, k), group)
+    return group * 32 + n % 32
+
+
+@triton.jit
+def load_words(
+    base, at, valid, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr,
+    KIND: tl.constexpr = tl.int32,
 ):  # fmt: skip
-    """COUNT words (or bytes) of the rows at ``at`` [T], from FIRST on, STEP apart; those beyond WORDS are 0."""
+    """COUNT words (or bytes) of rows at ``at`` [T], from FIRST on, STEP apart, as KIND; those beyond WORDS are 0."""
     word = FIRST + STEP * tl.arange(0, COUNT)
     if FIRST + STEP * (COUNT - 1) < WORDS:
         x = tl.load(base + at[:, None] + word[None, :], mask=valid[:, None], other=0)
     else:
         x = tl.load(base + at[:, None] + word[None, :], mask=valid[:, None] & (word < WORDS)[None, :], other=0)
-    return x.to(tl.int32)
+    return x.to(KIND)
 
 
 @triton.jit
@@ -76,13 +115,13 @@ def _units(
 ):  # fmt: skip
     """COUNT times UNIT bytes of the rows at ``at`` [T], which have BYTES, from FIRST on: the low bits of int32."""
     if not IN_WORDS:
-        x = _load_words(base, at, valid, FIRST, UNIT, COUNT, BYTES)
+        x = load_words(base, at, valid, FIRST, UNIT, COUNT, BYTES)
         for i in tl.static_range(1, UNIT):
-            x |= _load_words(base, at, valid, FIRST + i, UNIT, COUNT, BYTES) << 8 * i
+            x |= load_words(base, at, valid, FIRST + i, UNIT, COUNT, BYTES) << 8 * i
     elif UNIT == 4:
-        x = _load_words(base, at, valid, FIRST // 4, 1, COUNT, BYTES // 4)
+        x = load_words(base, at, valid, FIRST // 4, 1, COUNT, BYTES // 4)
     elif UNIT == 2:  # two in a word
-        x = _load_words(base, at, valid, FIRST // 4, 1, COUNT // 2, BYTES // 4)
+        x = load_words(base, at, valid, FIRST // 4, 1, COUNT // 2, BYTES // 4)
         x = tl.broadcast_to(x[:, :, None], (x.shape[0], COUNT // 2, 2)) >> (16 * tl.arange(0, 2))[None, None, :]
         x = tl.reshape(x, (x.shape[0], COUNT))
     else:  # four lie in three words; told that it reads neighbours, the compiler lets neighbouring threads do it
@@ -117,13 +156,38 @@ def _paired(x, BITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _codes(x, BITS: tl.constexpr, AT: tl.constexpr):
+    """Codes at bit AT of both halves of the words ``x`` [T, BLOCK / 32, 4] as float16 numbers without an exponent,
+    [..., 2]: 2^−24 · code, moved to the left where that spares a shift."""
+    BY: tl.constexpr = shift_of(BITS, AT)
+    x = x >> BY & ((1 << BITS) - 1 << AT - BY) * 0x10001
+    if INTERPRETED:
+        first = (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        last = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        first, last = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    return tl.join(first, last)
+
+
+@triton.jit
+def moved_by(n, BITS: tl.constexpr):
+    """By which factors ``code_piece`` moves the codes of the numbers ``n``."""
+    n = n % 4
+    first = tl.where(n == 0, factor_of(BITS, 0), factor_of(BITS, BITS))
+    last = tl.where(n == 2, factor_of(BITS, last_of(BITS)), factor_of(BITS, last_of(BITS) + BITS))
+    return tl.where(n < 2, first, last)
+
+
+@triton.jit
 def _decoded(x, pair, BITS: tl.constexpr, AT: tl.constexpr, TYPE: tl.constexpr):
     """Codes at bit AT of both halves of the words ``x`` [T, BLOCK / 32, 4], as low + scale · code in TYPE, [..., 2].
 
     ``pair``: scales and lows, [T, BLOCK / 32]. Rounded once, as these and the codes are exact in float16: two codes at
     a time become the last bits of two mantissas of 1024, and are moved to their place by a product rather than shifted.
     """
-    SHIFT: tl.constexpr = 0 if AT + BITS <= 10 else (8 if BITS == 4 else AT)
+    SHIFT: tl.constexpr = shift_of(BITS, AT)
     FROM: tl.constexpr = AT - SHIFT
     MASK: tl.constexpr = ((1 << BITS) - 1 << FROM) * 0x10001
     pair = tl.broadcast_to(pair[:, :, None], (x.shape[0], x.shape[1], x.shape[2]))
@@ -149,6 +213,30 @@ def _decoded(x, pair, BITS: tl.constexpr, AT: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _words_of(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr,
+    TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``_paired`` words of a piece of packed numbers."""
+    bytes_of_row: tl.constexpr = (COUNT * BITS + 7) // 8
+    in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
+    pitch: tl.constexpr = bytes_of_row // 4 if in_words else bytes_of_row
+    base = stored[TENSOR] + sequence * (ROWS * pitch) + row * pitch
+    # A unit is eight codes or, where those are more than a word, four.
+    UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
+    COUNT_OF_UNITS: tl.constexpr = BLOCK * BITS // (8 * UNIT)
+    x = _units(base, slot * (ROWS * pitch), valid, START * BITS // 8, UNIT, COUNT_OF_UNITS, bytes_of_row, in_words)
+    return _paired(x, BITS, BLOCK)
+
+
+@triton.jit
+def _in_columns(evens, odds, BLOCK: tl.constexpr):
+    """[T, BLOCK / 32, 4, 2, 2] twice as [T, BLOCK], in the ``order`` of columns."""
+    x = tl.permute(tl.join(evens, odds), (0, 1, 4, 5, 2, 3))
+    return tl.reshape(x, (x.shape[0], BLOCK))
+
+
+@triton.jit
 def load_piece(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr,
     TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
@@ -168,27 +256,28 @@ def load_piece(
         else:
             x = tl.load(base + at, mask=valid[:, None] & (column < COUNT)[None, :], other=0.0)
     else:
-        bytes_of_row: tl.constexpr = (COUNT * BITS + 7) // 8
-        in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
-        pitch: tl.constexpr = bytes_of_row // 4 if in_words else bytes_of_row
-        base = stored[TENSOR] + sequence * (ROWS * pitch) + row * pitch
-        # A unit is eight codes or, where those are more than a word, four.
-        UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
-        COUNT_OF_UNITS: tl.constexpr = BLOCK * BITS // (8 * UNIT)
-        x = _units(
-            base, slot * (ROWS * pitch), valid, START * BITS // 8, UNIT, COUNT_OF_UNITS, bytes_of_row, in_words
-        )  # fmt: skip
+        first, last = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
         groups: tl.constexpr = (COUNT + 31) // 32
         base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
-        pair = _load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
-        first, last = _paired(x, BITS, BLOCK)
-        # The two pairs of codes lie at these bits.
-        LAST: tl.constexpr = 4 if BITS == 6 else (0 if BITS == 8 else 2 * BITS)
+        pair = load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+        LAST: tl.constexpr = last_of(BITS)
         evens = tl.join(_decoded(first, pair, BITS, 0, TYPE), _decoded(last, pair, BITS, LAST, TYPE))
         odds = tl.join(_decoded(first, pair, BITS, BITS, TYPE), _decoded(last, pair, BITS, LAST + BITS, TYPE))
-        x = tl.permute(tl.join(evens, odds), (0, 1, 4, 5, 2, 3))  # of [T, BLOCK / 32, 4, 2, 2, 2]
-        x = tl.reshape(x, (slot.shape[0], BLOCK))
+        x = _in_columns(evens, odds, BLOCK)
     return x
+
+
+@triton.jit
+def code_piece(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr,
+    TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``load_piece`` of packed numbers, their codes: float16, 2^−24 · code · ``moved_by``."""
+    first, last = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
+    LAST: tl.constexpr = last_of(BITS)
+    evens = tl.join(_codes(first, BITS, 0), _codes(last, BITS, LAST))
+    odds = tl.join(_codes(first, BITS, BITS), _codes(last, BITS, LAST + BITS))
+    return _in_columns(evens, odds, BLOCK)
 
 
 @triton.jit

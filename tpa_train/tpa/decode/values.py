@@ -1,0 +1,321 @@
+"""Device functions that attend to values: Σ_s p(s, h) · w(s, j, h) · row_j(s), and leave the result.
+
+PIECES: see ``unpacking``. A piece is multiplied as it is cached where it can be (``unit_of``): of packed numbers
+low + scale · code, a weight takes the scale, Σ_s (p scale_g) code + Σ_s p low_g, so codes go into products unchanged,
+as float16 numbers 2^−24 · code. A group g of 32 numbers has scales of its own, and rows of its own in the products:
+of BH columns of weights, which a product of tensor cores has anyway, RH heads fill few. Column n is head n // 2 % RH
+and group 2 (n // (2 RH)) + n % 2, up to SHARES = BH / RH groups; with SHARES = 0 columns are heads, nothing is shared.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tpa_train.tpa.decode import plan
+from tpa_train.tpa.decode.unpacking import INTERPRETED, bounded, columns, dot, load_words, narrow, operand, order, zeros
+
+UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
+COLUMNS = 32  # of a product, which four warps share in blocks of eight: as many units are read at a time at least
+BOOST = tl.constexpr(64.0)  # of weights times scales, which small ones need in float16; they saturate at 65504
+TINY = tl.constexpr(2.0**24)  # codes are the last bits of float16 numbers, without an exponent
+
+
+@triton.constexpr_function
+def unit_of(PIECES, i, TYPE, SHARES):
+    """Returns how many neighbouring codes of the i-th piece are read as one unit; 0 where it is unpacked instead.
+
+    A unit has 8 or 16 bits, and a code of every part in which the piece is multiplied.
+    """
+    bits, count, block = PIECES[7 * i + 1], PIECES[7 * i + 2], PIECES[7 * i + 4]
+    if bits not in (8, 4, 2) or TYPE != tl.float16 or count * bits % 32 or block // 32 > SHARES:
+        return 0
+    codes = min(block // COLUMNS, 16 // bits)
+    return codes if codes * bits >= 8 else 0
+
+
+@triton.constexpr_function
+def parts_of(PIECES, i, TYPE, SHARES):
+    """Returns in how many parts the i-th piece is multiplied."""
+    return max(1, unit_of(PIECES, i, TYPE, SHARES))
+
+
+@triton.constexpr_function
+def first_of(PIECES, i, TYPE, SHARES):
+    """Returns which accumulator is the i-th piece's first: each part has one, and lows of codes another."""
+    return sum(parts_of(PIECES, k, TYPE, SHARES) + (unit_of(PIECES, k, TYPE, SHARES) > 0) for k in range(i))
+
+
+@triton.constexpr_function
+def bit_of(BITS, j):
+    """Returns at which bit of a float16 number the j-th code of a unit is multiplied: it has to be one of ten."""
+    return BITS * j if BITS * (j + 1) <= 10 else BITS * j - 8
+
+
+@triton.constexpr_function
+def _masking(BITS, j):
+    """Returns assembly that leaves the j-th codes of two units."""
+    at = bit_of(BITS, j)
+    mask = ((1 << BITS) - 1 << at) * 0x10001
+    return f"{{.reg .b32 a; shr.b32 a, $1, {BITS * j - at}; and.b32 $0, a, {mask};}}"
+
+
+@triton.jit
+def _codes(x, BITS: tl.constexpr, j: tl.constexpr):
+    """The j-th codes of the units ``x``, int16, as float16: 2^(at − 24) · code."""
+    if INTERPRETED:
+        x = x.to(tl.int32) >> (BITS * j - bit_of(BITS, j)) & ((1 << BITS) - 1 << bit_of(BITS, j))
+        x = x.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        x = tl.inline_asm_elementwise(_masking(BITS, j), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+    return x
+
+
+@triton.jit
+def spread(x, BH: tl.constexpr, RH: tl.constexpr):
+    """[T, RH] to [T, BH]: every head in the columns of all groups."""
+    if BH > RH:
+        x = tl.broadcast_to(x[:, None, :, None], (x.shape[0], BH // (2 * RH), RH, 2))
+        x = tl.reshape(x, (x.shape[0], BH))
+    return x
+
+
+@triton.jit
+def spread_groups(x, BH: tl.constexpr, RH: tl.constexpr):
+    """[T, n] to [T, BH]: every group in the columns of all heads; n groups over and over, where there is room."""
+    if x.shape[1] == 1:
+        x = tl.broadcast_to(x, (x.shape[0], BH))
+    else:
+        AGAIN: tl.constexpr = BH // (RH * x.shape[1])
+        x = tl.reshape(x, (x.shape[0], 1, x.shape[1] // 2, 1, 2))
+        x = tl.broadcast_to(x, (x.shape[0], AGAIN, x.shape[2], RH, 2))
+        x = tl.reshape(x, (x.shape[0], BH))
+    return x
+
+
+@triton.jit
+def head_of(n, BH: tl.constexpr, SHARES: tl.constexpr):
+    """The head of column ``n``."""
+    if SHARES > 1:
+        n = n // 2 % (BH // SHARES)
+    return n
+
+
+@triton.jit
+def group_of(n, BH: tl.constexpr, SHARES: tl.constexpr):
+    """The group of column ``n``, counted from the first of a piece."""
+    if SHARES > 1:
+        n = n // (2 * (BH // SHARES)) * 2 + n % 2
+    else:
+        n = 0 * n
+    return n
+
+
+@triton.jit
+def scales_of(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, COUNT: tl.constexpr,
+    START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scale and low of every group of a piece, float32 [T, BLOCK / 32]."""
+    groups: tl.constexpr = (COUNT + 31) // 32
+    base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
+    pair = load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+    scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _units(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, BITS: tl.constexpr,
+    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The units of a piece as a right operand [T, BLOCK / UNIT], int16.
+
+    Every thread of the product needs other units, so it reads its own as they are cached; units of two tokens share a
+    register, as the numbers of their codes do in a product.
+    """
+    KIND: tl.constexpr = tl.int16 if UNIT * BITS == 16 else tl.uint8
+    pitch: tl.constexpr = COUNT // UNIT
+    base = stored[TENSOR].to(tl.pointer_type(KIND), bitcast=True) + sequence * (ROWS * pitch) + row * pitch
+    return load_words(base, slot * (ROWS * pitch), valid, START // UNIT, 1, BLOCK // UNIT, pitch, tl.int16)
+
+
+@triton.jit
+def weighted(
+    x, j, stored, sequence, slot, valid, group, constants,
+    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Multiplies ``x`` [T, BH] by the weights of row ``j`` for every token and head.
+
+    ONE_HOT: rows are KV heads. CACHED: [R, G] numbers of the token. CONSTANT: ``constants`` [rows, G].
+    WHOLE: the heads are those of all KV heads in turn, equally many each; their numbers are read as they lie, in words.
+    """
+    if MODE == 1:
+        x = tl.where((group == j)[None, :], x, 0.0)
+    elif MODE == 2:
+        base = stored[TENSOR] + sequence * (ROWS * GROUPS) + j * GROUPS
+        if WHOLE:
+            at = (slot * (ROWS * GROUPS))[:, None] + tl.arange(0, GROUPS)[None, :]
+            w = tl.load(base + at, mask=valid[:, None], other=0.0)
+            w = tl.broadcast_to(w[:, :, None], (x.shape[0], GROUPS, x.shape[1] // GROUPS))
+            x = x * tl.reshape(w, (x.shape[0], x.shape[1])).to(tl.float32)
+        else:
+            at = (slot * (ROWS * GROUPS))[:, None] + group[None, :]
+            x = x * tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
+    elif MODE == 3:
+        x = x * tl.load(constants + j * GROUPS + group)[None, :]
+    return x
+
+
+@triton.jit
+def no_values(PIECES: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr):
+    """Accumulators: [BH, BLOCK / parts] for every part of every piece and, after those of codes, [T, BH] of lows."""
+    accs = ()
+    for i in tl.static_range(len(PIECES) // 7):
+        for _ in tl.static_range(parts_of(PIECES, i, TYPE, SHARES)):
+            accs = accs + (zeros(BH, PIECES[7 * i + 4] // parts_of(PIECES, i, TYPE, SHARES)),)
+        if unit_of(PIECES, i, TYPE, SHARES) > 0:
+            accs = accs + (zeros(T, BH),)
+    return accs
+
+
+@triton.jit
+def _add_piece(
+    accs, weights, stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr,
+    WEIGHTED: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Returns the accumulators of the i-th piece with Σ_s weights[s, h] · row(s) added to those among ``accs``."""
+    UNIT: tl.constexpr = unit_of(PIECES, i, TYPE, SHARES)
+    FIRST: tl.constexpr = first_of(PIECES, i, TYPE, SHARES)
+    if UNIT == 0:
+        left = bounded(weights, TYPE) if WEIGHTED else narrow(weights, TYPE)
+        x = operand(stored, sequence, slot, valid, row, ROWS, PIECES, i, TYPE)
+        new = (dot(tl.trans(left), x, accs[FIRST], TYPE),)
+    else:
+        TENSOR: tl.constexpr = PIECES[7 * i]
+        BITS: tl.constexpr = PIECES[7 * i + 1]
+        COUNT: tl.constexpr = PIECES[7 * i + 2]
+        START: tl.constexpr = PIECES[7 * i + 3]
+        BLOCK: tl.constexpr = PIECES[7 * i + 4]
+        BH: tl.constexpr = weights.shape[1]
+        scale, low = scales_of(stored, sequence, slot, valid, row, ROWS, TENSOR, COUNT, START, BLOCK)
+        left = tl.trans(bounded(weights * spread_groups(scale * BOOST, BH, BH // SHARES), TYPE))
+        x = _units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT)
+        new = ()
+        for j in tl.static_range(UNIT):
+            new = new + (dot(left, _codes(x, BITS, j), accs[FIRST + j], TYPE),)
+        new = new + (accs[FIRST + UNIT] + weights * spread_groups(low, BH, BH // SHARES),)
+    return new
+
+
+@triton.jit
+def _add_row(
+    accs, weights, stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    WEIGHTED: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Adds Σ_s weights[s, h] · row(s)."""
+    new = ()
+    for i in tl.static_range(len(PIECES) // 7):
+        new = new + _add_piece(
+            accs, weights, stored, sequence, slot, valid, row, ROWS, PIECES, i, WEIGHTED, TYPE, SHARES
+        )  # fmt: skip
+    return new
+
+
+@triton.jit
+def add_values(
+    accs, p, alpha, stored, sequence, slot, valid, group, row, constants,
+    MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
+    WHOLE: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH]."""
+    new = ()
+    for i in tl.static_range(len(PIECES) // 7):
+        for j in tl.static_range(parts_of(PIECES, i, TYPE, SHARES)):
+            new = new + (accs[first_of(PIECES, i, TYPE, SHARES) + j] * alpha[:, None],)
+        if unit_of(PIECES, i, TYPE, SHARES) > 0:
+            new = new + (accs[first_of(PIECES, i + 1, TYPE, SHARES) - 1] * alpha[None, :],)
+    if MODE == 0:
+        new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, False, TYPE, SHARES)
+    elif ROWS <= UNROLLED:
+        for j in tl.static_range(ROWS):
+            w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+    else:
+        for j in range(ROWS):
+            w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+    return new
+
+
+@triton.jit
+def _leave_part(
+    x, n, place, inside, own, out, partial, splits, PIECES: tl.constexpr, i: tl.constexpr, E: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Writes ``x`` [BH, …], the numbers ``n`` of the i-th piece. ``inside``: which are wanted, [BH, …]; ``own``: where
+    a head's columns begin, [BH, 1]."""
+    to = columns(n, PIECES, i)[None, :] - own
+    keep = inside & (n < PIECES[7 * i + 2] - PIECES[7 * i + 3])[None, :] & (to >= 0) & (to < E)
+    if SPLIT:
+        at = (place.to(tl.int64) * splits + tl.program_id(1)) * E
+        tl.store(partial + at[:, None] + to, x, mask=keep)
+    else:
+        at = place.to(tl.int64) * E
+        tl.store(out + at[:, None] + to, narrow(x, DTYPE), mask=keep)
+
+
+@triton.jit
+def leave(
+    accs, m, total, out, partial, lse, head, inside, heads, splits,
+    E: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
+    DTYPE: tl.constexpr, SHARING: tl.constexpr = 0,
+):  # fmt: skip
+    """Writes the result [B, H, E]; of several splits, float32 [B, H, splits, E] and the log-sum-exp of each, base 2.
+
+    ``head``, ``inside``, ``m``, ``total``: of every column of weights. SHARING: heads of each KV head where rows are
+    those of several, one beside the other, and a head has its own's.
+    """
+    BH: tl.constexpr = head.shape[0]
+    column = tl.arange(0, BH)
+    group = group_of(column, BH, SHARES)
+    once = inside & (group == 0)
+    place = tl.program_id(2) * heads + head
+    scale = 1.0 / tl.where(total > 0, total, 1.0)
+    own = 0 * column
+    if SHARING > 0:
+        own = head_of(column, BH, SHARES) // SHARING * E
+    if SPLIT:
+        tl.store(lse + place * splits + tl.program_id(1), m + tl.log2(total), mask=once)
+    for i in tl.static_range(len(PIECES) // 7):
+        _leave_piece(
+            accs, place, scale, group, inside, once, own, out, partial, splits, PIECES, i, E, SPLIT, TYPE, SHARES,
+            DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _leave_piece(
+    accs, place, scale, group, inside, once, own, out, partial, splits, PIECES: tl.constexpr, i: tl.constexpr,
+    E: tl.constexpr, SPLIT: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    UNIT: tl.constexpr = unit_of(PIECES, i, TYPE, SHARES)
+    FIRST: tl.constexpr = first_of(PIECES, i, TYPE, SHARES)
+    BITS: tl.constexpr = PIECES[7 * i + 1]
+    BLOCK: tl.constexpr = PIECES[7 * i + 4]
+    if UNIT == 0:
+        n = order(BITS, BLOCK)
+        wanted = once[:, None] & (n >= 0)[None, :]
+        x = accs[FIRST] * scale[:, None]
+        _leave_part(
+            x, n, place, wanted, own[:, None], out, partial, splits, PIECES, i, E, SPLIT, DTYPE
+        )  # fmt: skip
+    else:
+        low = tl.sum(accs[FIRST + UNIT], 0)
+        for j in tl.static_range(UNIT):
+            n = UNIT * tl.arange(0, BLOCK // UNIT) + j
+            wanted = inside[:, None] & (group[:, None] == (n // 32)[None, :])
+            x = (accs[FIRST + j] * (TINY / BOOST / (1 << bit_of(BITS, j))) + low[:, None]) * scale[:, None]
+            _leave_part(
+                x, n, place, wanted, own[:, None], out, partial, splits, PIECES, i, E, SPLIT, DTYPE
+            )  # fmt: skip
