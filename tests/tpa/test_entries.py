@@ -34,8 +34,13 @@ def _groups(entry):
 
 
 def _bytes(entry):
-    """DESIGN §2: whole bytes of codes, and a 16-bit scale and minimum a group."""
-    return entry.rows * sum((-(-(b - a) * w // 8) + 4) if w < 16 else 2 * (b - a) for a, b, w in _groups(entry))
+    """DESIGN §2: whole bytes of codes, of 6 and 3 bits in two planes, and a 16-bit scale and minimum a group."""
+    planes = {6: (4, 2), 3: (2, 1)}
+
+    def size(count, width):
+        return 2 * count if width == 16 else 4 + sum(-(-count * part // 8) for part in planes.get(width, (width,)))
+
+    return entry.rows * sum(size(b - a, w) for a, b, w in _groups(entry))
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)

@@ -25,16 +25,29 @@ def check_bits(bits: int) -> None:
         raise UserError(f"cache bits must be one of {', '.join(map(str, BITS))}, not {bits}.")
 
 
+def planes(bits: int) -> tuple[int, ...]:
+    """Returns the widths of the planes in which codes are stored, lowest bits first: each fills bytes evenly.
+
+    Codes of 6 and 3 bits would lie across the words that a GPU reads, each in other places than its neighbours.
+    """
+    return {6: (4, 2), 3: (2, 1)}.get(bits, (bits,))
+
+
+def code_bytes(count: int, bits: int) -> int:
+    """Returns the bytes that the codes of ``count`` numbers take, padding of every plane's last byte counted."""
+    return sum(-(-count * width // 8) for width in planes(bits))
+
+
 def entry_bytes(count: int, bits: int) -> int:
     """Returns the bytes that ``count`` numbers of one KV head take, scales and padding of the last byte counted."""
     if bits == 16:
         return 2 * count
-    return -(-count * bits // 8) + SCALE_BYTES * -(-count // GROUP)
+    return code_bytes(count, bits) + SCALE_BYTES * -(-count // GROUP)
 
 
 def stored_shapes(count: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the trailing shapes of the codes (uint8) and of the scales (float16) of ``count`` numbers."""
-    return (-(-count * bits // 8),), (-(-count // GROUP), 2)
+    return (code_bytes(count, bits),), (-(-count // GROUP), 2)
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -69,43 +82,51 @@ def _one_level(bits: int, device: torch.device) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Packs uint8 codes [..., n] below 2^bits into bytes [..., ⌈n·bits/8⌉]."""
-    if bits == 8:
+    """Packs uint8 codes [..., n] below 2^bits into bytes [..., ``code_bytes``]: plane after plane (``planes``), in each
+    of which the first code lies in the lowest bits of the first byte."""
+    packed, low = [], 0
+    for width in planes(bits):
+        plane = codes if width == bits else codes >> low & (1 << width) - 1
+        packed.append(_pack_plane(plane, width))
+        low += width
+    return packed[0] if len(packed) == 1 else torch.cat(packed, dim=-1)
+
+
+def _pack_plane(codes: Tensor, width: int) -> Tensor:
+    if width == 8:
         return codes
-    count = codes.shape[-1]
-    size, width, kind = _word(bits)
-    words = F.pad(codes, (0, -count % size)).unflatten(-1, (-1, size)).to(kind)
-    word = words[..., 0]
+    size = 8 // width
+    words = F.pad(codes, (0, -codes.shape[-1] % size)).unflatten(-1, (-1, size))
+    packed = words[..., 0]
     for index in range(1, size):
-        word = word | words[..., index] << bits * index
-    packed = torch.stack([(word >> 8 * index).to(torch.uint8) for index in range(width)], dim=-1)
-    return packed.flatten(-2)[..., : -(-count * bits // 8)]
+        packed = packed | words[..., index] << width * index
+    return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Returns the ``count`` codes [..., n] that ``pack_codes`` packed, uint8."""
-    if bits == 8:
-        return packed[..., :count]
-    size, width, kind = _word(bits)
-    parts = F.pad(packed, (0, -packed.shape[-1] % width)).unflatten(-1, (-1, width)).to(kind)
-    word = parts[..., 0]
-    for index in range(1, width):
-        word = word | parts[..., index] << 8 * index
-    codes = [(word >> bits * index & (1 << bits) - 1).to(torch.uint8) for index in range(size)]
-    return torch.stack(codes, dim=-1).flatten(-2)[..., :count]
+    found, low, start = None, 0, 0
+    for width in planes(bits):
+        size = -(-count * width // 8)
+        plane = _unpack_plane(packed[..., start : start + size], width)[..., :count]
+        found = plane if found is None else found | plane << low
+        low, start = low + width, start + size
+    return found
 
 
-def _word(bits: int) -> tuple[int, int, torch.dtype]:
-    """Returns how many codes are the smallest whole number of bytes, how many bytes, and a type that holds them."""
-    return (8 // bits, 1, torch.uint8) if 8 % bits == 0 else (24 // bits, 3, torch.int32)
+def _unpack_plane(packed: Tensor, width: int) -> Tensor:
+    if width == 8:
+        return packed
+    codes = [packed >> width * index & (1 << width) - 1 for index in range(8 // width)]
+    return torch.stack(codes, dim=-1).flatten(-2)
 
 
 def encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantizes the last dimension of ``x`` [..., n].
 
     Returns:
-        codes uint8 [..., ⌈n·bits/8⌉] (little-endian: the first code lies in the lowest bits) and scales float16
-        [..., ⌈n/32⌉, 2] (scale, minimum).
+        codes uint8 [..., ``code_bytes``], as ``pack_codes`` packs them, and scales float16 [..., ⌈n/32⌉, 2] (scale,
+        minimum).
     """
     codes, scales = quantize(x, _one_level(bits, x.device))
     return pack_codes(codes, bits), scales

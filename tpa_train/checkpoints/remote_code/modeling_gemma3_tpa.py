@@ -22,10 +22,17 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from .configuration_gemma3_tpa import Gemma3TPAConfig
 
 GROUP = 32  # numbers that share a scale and a minimum, both float16
+PLANES = {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}  # codes are stored in bytes of these widths, lowest first
+
+
+def plane_bytes(count, width):
+    """Returns the bytes of ``count`` codes of one plane."""
+    return -(-count * width // 8)
 
 
 def encode(x, bits):
-    """Quantizes x [..., n]: codes uint8 [..., ⌈n·bits/8⌉], first code lowest, and scales float16 [..., 2·⌈n/32⌉]."""
+    """Quantizes x [..., n]: codes uint8 [..., bytes], planes one after the other, in bytes of which the first code is
+    lowest, and scales float16 [..., 2·⌈n/32⌉]."""
     count, top = x.shape[-1], 2**bits - 1
     # A group that is not full is filled with its last number, which moves neither bound.
     x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], -count % GROUP)), -1).float().unflatten(-1, (-1, GROUP))
@@ -33,20 +40,23 @@ def encode(x, bits):
     scale = ((x.amax(-1) - low.float()) / top).clamp(6e-8, 6e4).half()
     codes = ((x - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, top)
     codes = codes.flatten(-2)[..., :count].to(torch.uint8)
-    if bits < 8:  # eight codes make as many bytes as a code has bits
-        words = F.pad(codes, (0, -count % 8)).unflatten(-1, (-1, 8)).long()
-        word = (words << (bits * torch.arange(8, device=x.device))).sum(-1, keepdim=True)
-        codes = (word >> (8 * torch.arange(bits, device=x.device))) & 255
-        codes = codes.flatten(-2)[..., : -(-count * bits // 8)].to(torch.uint8)
+    planes, below = [], 0
+    for width in PLANES[bits]:
+        plane = F.pad(codes >> below & 2**width - 1, (0, -count % (8 // width))).unflatten(-1, (-1, 8 // width))
+        planes.append((plane.int() << (width * torch.arange(8 // width, device=x.device))).sum(-1).to(torch.uint8))
+        below += width
+    codes = torch.cat(planes, -1)
     return codes, torch.stack((scale, low), -1).flatten(-2)
 
 
 def decode(codes, scales, bits, count):
     """Returns the ``count`` numbers [..., n] that ``encode`` stored, float32."""
-    if bits < 8:
-        words = F.pad(codes, (0, -codes.shape[-1] % bits)).unflatten(-1, (-1, bits)).long()
-        word = (words << (8 * torch.arange(bits, device=codes.device))).sum(-1, keepdim=True)
-        codes = ((word >> (bits * torch.arange(8, device=codes.device))) & (2**bits - 1)).flatten(-2)[..., :count]
+    planes, below, found = codes.split([plane_bytes(count, width) for width in PLANES[bits]], -1), 0, 0
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        shifts = width * torch.arange(8 // width, device=codes.device, dtype=torch.uint8)
+        plane = (plane[..., None] >> shifts & 2**width - 1).flatten(-2)[..., :count]
+        found, below = found | plane << below, below + width
+    codes = found
     codes = F.pad(codes, (0, -count % GROUP)).unflatten(-1, (-1, GROUP)).float()
     scale, low = scales.float().unflatten(-1, (-1, 2)).unbind(-1)
     return (codes * scale[..., None] + low[..., None]).flatten(-2)[..., :count]
@@ -81,7 +91,7 @@ def from_bytes(stored, layout, dtype):
             if bits == 16:
                 parts.append(take(rows, count, dtype))
                 continue
-            codes = take(rows, -(-count * bits // 8), torch.uint8)
+            codes = take(rows, sum(plane_bytes(count, width) for width in PLANES[bits]), torch.uint8)
             scales = take(rows, 2 * -(-count // GROUP), torch.float16)
             parts.append(decode(codes, scales, bits, count).to(dtype))
         entries.append(torch.cat(parts, -1))

@@ -147,16 +147,18 @@ def prepare(
         lse = queries.new_empty(batch, heads, splits, dtype=torch.float32)
     stored = tuple(_words(t) for t in cached.stored)
     key_pieces = pieces(keys.entry, keys.first, tiles.largest)
-    own = power_of_two(heads // config.num_kv_heads)  # query heads of a KV head, padded
+    rows = max(LEAST, power_of_two(plan.per_program * repeats))
+    own = power_of_two(repeats)  # query heads of a KV head, padded
+    shares = rows // own if values.mode == OWN and not values.entry.exact and dtype != torch.float32 else 0
     nothing = cached.rotary[0]  # float32, not read
     key_type, value_type = operand_type(keys.entry, dtype), operand_type(values.entry, dtype)
     options: dict[str, Any] = {
         "d": d, "E": width, "GROUPS": groups, "REPEATS": repeats,
         "KEY_MODE": keys.mode, "KEY_ROWS": keys.entry.rows, "KEY_PIECES": key_pieces, "NORM": plan.norm,
         "VALUE_MODE": values.mode, "VALUE_ROWS": values.entry.rows, "VALUE_TENSOR": values.tensor,
-        "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest),
+        "VALUE_PIECES": pieces(values.entry, values.first, tiles.largest, shares),
         "HAS_ROWS": cached.rows is not None, "RING": pitch < cached.rotary[0].shape[0], "SPLIT": splits > 1,
-        "T": tiles.tokens, "BH": max(LEAST, power_of_two(plan.per_program * repeats)), "DTYPE": DTYPES[dtype],
+        "T": tiles.tokens, "BH": rows, "DTYPE": DTYPES[dtype],
         "KEY_TYPE": DTYPES[key_type], "VALUE_TYPE": DTYPES[value_type],
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -187,13 +189,13 @@ def prepare(
         options |= {
             "OWN_UP": up.shape[0] > 1, "HAS_RMS": plan.gamma is not None, "WIDTH": up.shape[2], "LONGEST": LONGEST,
             "RESIDENT": up[0].nbytes <= tiles.resident << 10, "HB": half, "HC": min(half, tiles.columns),
-            "SHARES": 0 if values.mode or values.entry.exact else options["BH"] // own,
+            "SHARES": shares,
         }  # fmt: skip
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale, plan.eps), rebuilt.attend_rebuilt
     elif rounded and dtype != torch.float32 and own < LEAST and keys.mode == values.mode == OWN:
         names = ("KEY_MODE", "KEY_TENSOR", "NORM", "VALUE_MODE", "VALUE_TENSOR")
         options = {k: v for k, v in options.items() if k not in names} | {"RH": own}
-        options["KEY_PIECES"] = pieces(keys.entry, keys.first, min(tiles.largest, GROUP * LEAST // own))
+        options["KEY_PIECES"] = pieces(keys.entry, keys.first, min(tiles.largest, GROUP * (rows // own)))
         arguments, attend = (*arguments[:7], cached.slots, pitch, splits, scale), packed.attend_packed
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}

@@ -31,7 +31,7 @@ from tpa_train.tpa.decode.cached import CachedTokens
 from tpa_train.tpa.decode.stored import are_stored, plain
 from tpa_train.tpa.entries import Entry
 from tpa_train.tpa.forms.latent import DenseKeys, DenseValues, JointKeys, JointValues, LatentKeys, LatentValues
-from tpa_train.tpa.quantization import GROUP
+from tpa_train.tpa.quantization import GROUP, planes
 
 MAX_SEGMENTS = 64
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,7 +41,7 @@ _KEYS, _VALUES = (DenseKeys, LatentKeys, JointKeys), (DenseValues, LatentValues,
 
 class _Segment(ctypes.Structure):
     _fields_ = [
-        ("codes", c_void_p), ("scales", c_void_p), ("strides", c_int64 * 6),
+        ("codes", c_void_p), ("scales", c_void_p), ("strides", c_int64 * 6), ("high", c_int64),
         ("start", c_int32), ("count", c_int32), ("bits", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
@@ -266,6 +266,10 @@ def _lay_out(target: _Entry, entry: Entry) -> _Shapes:
     for index, run in enumerate(entry.runs):
         segment = target.segment[index]
         segment.start, segment.count, segment.bits = run.start, run.count, run.bits
+        if run.bits < 16:
+            low, high = (*planes(run.bits), 0)[:2]
+            whole = -(-entry.segments[run.segment].count * low // 8)
+            segment.high = whole + run.within // 8 * high - run.within // 8 * low
     for index, (bits, *_) in enumerate(entry.segments):
         runs = [(i, run.within // GROUP) for i, run in enumerate(entry.runs) if run.segment == index]
         places += [(False, runs)] if bits == 16 else [(False, runs), (True, runs)]
@@ -286,7 +290,7 @@ def _point(target: _Entry, shapes: _Shapes, stored: tuple[Tensor, ...]) -> bool:
                     t.data_ptr() + size * group * inner[0], (size * row, size * token, size * head)
                 )  # fmt: skip
             else:
-                before = group * (GROUP * size if segment.bits == 16 else GROUP // 8 * segment.bits)
+                before = group * (GROUP * size if segment.bits == 16 else GROUP // 8 * planes(segment.bits)[0])
                 segment.codes, segment.kind = t.data_ptr() + before, kind
                 segment.strides[:3] = size * row, size * token, size * head
     return True

@@ -23,6 +23,7 @@ typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef struct {
     char *codes, *scales; /* scales: of rounded segments */
     int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;
+    int64_t high; /* from codes to those of the upper plane, where there are two: of 6 bits 4 + 2, of 3 bits 2 + 1 */
     int32_t start, count, bits, kind;
 } Segment;
 
@@ -72,37 +73,61 @@ INLINE float total(vec v) {
 
 /* ---- Unpacking ---- */
 
-/* Numbers of a full group: scale · code + low. Codes are a little-endian stream of `bits`-bit numbers, up to 8 bits. */
-INLINE void decode(const uint8_t *p, const int bits, float scale, float low, float *out) {
+/* Bits of the lower plane. */
+INLINE int low_bits(const int bits) { return bits == 6 ? 4 : bits == 3 ? 2 : bits; }
+
+/* Codes of a full group, a little-endian stream of `bits`-bit numbers, up to 8 bits. */
+INLINE void read_codes(const uint8_t *p, const int bits, ivec *first, ivec *second) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    __m512i first, second;
     if (bits == 8) {
-        first = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-        second = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
+        *first = (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+        *second = (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
     } else { /* every number gets the two 16-bit words from the one on that it starts in */
         int32_t words[LANES], shifts[LANES];
         for (int i = 0; i < LANES; i++) words[i] = i * bits / 16 * 0x10001 + 0x10000, shifts[i] = i * bits % 16;
         const __m512i from = _mm512_loadu_si512(words), by = _mm512_loadu_si512(shifts);
         const __m512i all = _mm512_castsi256_si512(_mm256_maskz_loadu_epi32((1 << bits) - 1, p));
         const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), half = _mm512_set1_epi16(bits);
-        first = _mm512_permutexvar_epi16(from, all), second = _mm512_permutexvar_epi16(from + half, all);
-        first = _mm512_and_si512(_mm512_srlv_epi32(first, by), mask);
-        second = _mm512_and_si512(_mm512_srlv_epi32(second, by), mask);
+        const __m512i one = _mm512_permutexvar_epi16(from, all), other = _mm512_permutexvar_epi16(from + half, all);
+        *first = (ivec)_mm512_and_si512(_mm512_srlv_epi32(one, by), mask);
+        *second = (ivec)_mm512_and_si512(_mm512_srlv_epi32(other, by), mask);
     }
-    store(out, (vec)_mm512_cvtepi32_ps(first) * scale + low);
-    store(out + LANES, (vec)_mm512_cvtepi32_ps(second) * scale + low);
 #else
+    int32_t codes[GROUP];
     for (int i = 0; i < GROUP; i += 8, p += bits) { /* eight numbers fill whole bytes */
         uint64_t w = 0;
         for (int k = 0; k < bits; k++) w |= (uint64_t)p[k] << 8 * k;
-        for (int k = 0; k < 8; k++) out[i + k] = (int)(w >> k * bits & ((1 << bits) - 1)) * scale + low;
+        for (int k = 0; k < 8; k++) codes[i + k] = (int)(w >> k * bits & ((1 << bits) - 1));
     }
+    memcpy(first, codes, sizeof *first), memcpy(second, codes + LANES, sizeof *second);
 #endif
 }
 
+/* Numbers of a full group: scale · code + low; `high`: of the upper plane, if there is one. */
+INLINE void decode(const uint8_t *p, const uint8_t *high, const int bits, float scale, float low, float *out) {
+    const int lower = low_bits(bits);
+    ivec first, second, a, b;
+    read_codes(p, lower, &first, &second);
+    if (lower < bits) {
+        read_codes(high, bits - lower, &a, &b);
+        first += a << lower, second += b << lower;
+    }
+    store(out, __builtin_convertvector(first, vec) * scale + low);
+    store(out + LANES, __builtin_convertvector(second, vec) * scale + low);
+}
+
+/* `some` numbers of a plane, of which a group has fewer than 32 bytes, in a whole group. */
+INLINE const uint8_t *whole(const uint8_t *p, int some, int bits, uint8_t *room) {
+    if (some >= GROUP) return p;
+    memset(room, 0, GROUP);
+    return memcpy(room, p, (some * bits + 7) / 8);
+}
+
 /* Numbers of one token's segment; `bits` is a constant. Writes whole groups. */
-INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, const int bits, float *out) {
-    const int size = GROUP / 8 * bits; /* of a group, in bytes */
+INLINE void unpack_groups(
+    const uint8_t *p, const uint8_t *high, const uint16_t *scales, int count, const int bits, float *out
+) {
+    const int lower = low_bits(bits), size = GROUP / 8 * lower, above = GROUP / 8 * (bits - lower); /* of a group */
     for (int first = 0; first < count; first += 8 * GROUP, scales += 16) {
         const int some = count - first < 8 * GROUP ? count - first : 8 * GROUP, groups = (some + GROUP - 1) / GROUP;
         float pairs[16];
@@ -111,11 +136,13 @@ INLINE void unpack_groups(const uint8_t *p, const uint16_t *scales, int count, c
 #else
         for (int i = 0; i < 2 * groups; i++) pairs[i] = from_half(scales[i]);
 #endif
-        for (int g = 0; g < groups; g++, p += size, out += GROUP) {
-            uint8_t part[GROUP] = {0};
+        for (int g = 0; g < groups; g++, p += size, high += above, out += GROUP) {
+            uint8_t one[GROUP], other[GROUP];
             const int left = some - g * GROUP;
-            if (left < GROUP) memcpy(part, p, (left * bits + 7) / 8);
-            decode(left < GROUP ? part : p, bits, pairs[2 * g], pairs[2 * g + 1], out);
+            decode(
+                whole(p, left, lower, one), above ? whole(high, left, bits - lower, other) : 0, bits, pairs[2 * g],
+                pairs[2 * g + 1], out
+            );
         }
     }
 }
@@ -126,15 +153,16 @@ INLINE int stride_of(const Entry *e) { return e->padded + LANES; } /* no two row
 static void unpack(const Entry *e, int64_t row, int64_t token, int r, float *out) {
     for (int s = 0; s < e->segments; s++) {
         const Segment *g = &e->segment[s];
-        const void *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const char *codes = g->codes + row * g->code_row + token * g->code_token + r * g->code_head;
+        const uint8_t *low = (const uint8_t *)codes, *high = low + g->high;
         const void *scales = g->scales + row * g->scale_row + token * g->scale_token + r * g->scale_head;
         float *to = out + g->start;
         switch (g->bits) {
-        case 2: unpack_groups(codes, scales, g->count, 2, to); break;
-        case 3: unpack_groups(codes, scales, g->count, 3, to); break;
-        case 4: unpack_groups(codes, scales, g->count, 4, to); break;
-        case 6: unpack_groups(codes, scales, g->count, 6, to); break;
-        case 8: unpack_groups(codes, scales, g->count, 8, to); break;
+        case 2: unpack_groups(low, high, scales, g->count, 2, to); break;
+        case 3: unpack_groups(low, high, scales, g->count, 3, to); break;
+        case 4: unpack_groups(low, high, scales, g->count, 4, to); break;
+        case 6: unpack_groups(low, high, scales, g->count, 6, to); break;
+        case 8: unpack_groups(low, high, scales, g->count, 8, to); break;
         default:
             if (g->kind == 0) memcpy(to, codes, 4 * (size_t)g->count);
             else if (g->kind == 1) for (int i = 0; i < g->count; i++) to[i] = number(codes, 1, i);
@@ -168,7 +196,13 @@ INLINE void write_number(void *p, int kind, int64_t i, float x) {
     else ((uint16_t *)p)[i] = kind == 1 ? to_bfloat(x) : to_half(x);
 }
 
-static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint16_t *pair) {
+/* Packs `bits` bits of codes, from bit `from` on; bytes hold whole numbers. */
+static void pack_plane(const uint8_t *codes, int count, int from, int bits, uint8_t *to) {
+    memset(to, 0, (count * bits + 7) / 8);
+    for (int i = 0; i < count; i++) to[i * bits / 8] |= (codes[i] >> from & ((1 << bits) - 1)) << i * bits % 8;
+}
+
+static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint8_t *high, uint16_t *pair) {
     float low = x[0], high = x[0];
     const int levels = (1 << bits) - 1;
     for (int i = 1; i < count; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
@@ -177,13 +211,14 @@ static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint
     float scale = (high - low) / levels;
     scale = scale < 6e-8f ? 6e-8f : scale > 6e4f ? 6e4f : scale;
     pair[0] = to_half(scale), scale = from_half(pair[0]);
-    memset(codes, 0, (count * bits + 7) / 8);
+    uint8_t found[GROUP];
     for (int i = 0; i < count; i++) {
         const float step = __builtin_rintf((x[i] - low) / scale);
-        const unsigned code = !(step > 0) ? 0 : step > levels ? levels : (int)step, shift = i * bits % 8;
-        codes[i * bits / 8] |= code << shift;
-        if (shift + bits > 8) codes[i * bits / 8 + 1] |= code >> (8 - shift);
+        found[i] = !(step > 0) ? 0 : step > levels ? levels : (int)step;
     }
+    const int lower = low_bits(bits);
+    pack_plane(found, count, 0, lower, codes);
+    if (lower < bits) pack_plane(found, count, lower, bits - lower, high);
 }
 
 /* Packs row r of sequence b's newest token to slot `token` of buffer row `row`. */
@@ -202,7 +237,9 @@ static void pack(const Entry *e, int64_t b, int64_t row, int64_t token, int r) {
             float x[GROUP];
             const int some = g->count - i < GROUP ? g->count - i : GROUP;
             for (int k = 0; k < some; k++) x[k] = number(e->news, e->news_kind, first + i + k);
-            pack_group(x, some, g->bits, (uint8_t *)codes + i / 8 * g->bits, pair);
+            const int lower = low_bits(g->bits);
+            uint8_t *to = (uint8_t *)codes, *high = to + g->high + i / 8 * (g->bits - lower);
+            pack_group(x, some, g->bits, to + i / 8 * lower, high, pair);
         }
     }
 }

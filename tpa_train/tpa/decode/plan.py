@@ -16,12 +16,13 @@ from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode.turning import SPANS, Turning, turning
 from tpa_train.tpa.entries import Entry
-from tpa_train.tpa.quantization import GROUP
+from tpa_train.tpa.quantization import GROUP, planes
 
 OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel.weighted``
 UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
+WIDE = 128  # numbers of a piece of values whose codes are multiplied as they are
 WIDEST = 1024  # numbers of a latent that U can be absorbed for: sums of wider values do not fit in a program
 
 
@@ -30,13 +31,14 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _blocks(count: int, largest: int, unit: int) -> list[tuple[int, int]]:
-    """Cuts ``count`` numbers into (start, block); blocks are powers of two, ``unit`` at least, and mostly filled."""
+def _blocks(count: int, largest: int, unit: int, whole: bool = False) -> list[tuple[int, int]]:
+    """Cuts ``count`` numbers into (start, block); blocks are powers of two, ``unit`` at least, and mostly filled or,
+    if they are to be ``whole``, as few as they can be."""
     found, start = [], 0
     while start < count:
         left = count - start
         block = max(unit, power_of_two(left))
-        if 4 * left <= 3 * block and block > unit:
+        if 4 * left <= 3 * block and block > unit and not whole:
             block //= 2
         block = min(block, largest)
         found.append((start, block))
@@ -44,15 +46,21 @@ def _blocks(count: int, largest: int, unit: int) -> list[tuple[int, int]]:
     return found
 
 
-def pieces(entry: Entry, tensor: int, largest: int) -> tuple[int, ...]:
+def pieces(entry: Entry, tensor: int, largest: int, shares: int = 0) -> tuple[int, ...]:
     """Returns ``kernel``'s PIECES of ``entry``, whose first tensor is the layer's ``tensor``-th.
 
-    ``largest``: numbers that are read at a time, a power of two, at least 32.
+    ``largest``: numbers that are read at a time, a power of two, at least 32. ``shares``: as in ``values``, whose
+    groups' codes are multiplied as they are; those come in blocks whose units are bytes at least, filled or not.
     """
     found: list[int] = []
     padded = 0
     for bits, count, groups in entry.segments:
-        for first, block in _blocks(count, largest, LEAST if bits == 16 else GROUP):
+        blocks = _blocks(count, largest, LEAST if bits == 16 else GROUP)
+        # Columns of a product times codes that are a byte of every plane; of 3 bits that is too many.
+        room, least = min(WIDE, GROUP * shares), 8 * GROUP // min(planes(bits))
+        if bits < 16 and least <= room:
+            blocks = _blocks(count, room, least, whole=True)
+        for first, block in blocks:
             held = groups[first // GROUP : -(-(first + block) // GROUP)]
             found += [tensor, bits, count, first, block, sum(g << 16 * i for i, g in enumerate(held)), padded]
             padded += block

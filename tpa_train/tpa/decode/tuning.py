@@ -19,7 +19,6 @@ from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
 from tpa_train.tpa.entries import Entry
-from tpa_train.tpa.quantization import SCALE_BYTES, entry_bytes
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
@@ -94,12 +93,9 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     numbers = rows[0] * plan.keys.entry.count + rows[1] * plan.values.entry.count
     numbers += sum(r.entry.rows * plan.per_program for r in (plan.keys, plan.values) if r.mode == CACHED)
     if not (plan.keys.entry.exact and plan.values.entry.exact):
-        if numbers > 544:
-            return Tiles(tokens=32)
-        exact = plan.keys.entry.exact or plan.values.entry.exact
-        if plan.keys.mode == plan.values.mode == OWN and not exact:
+        if plan.keys.mode == plan.values.mode == OWN:
             return _packed_rows(plan)
-        return Tiles()
+        return Tiles(tokens=32) if numbers > 544 else Tiles()
     if numbers > 1088:
         return Tiles(tokens=16)
     if numbers > 768:  # no room for a third stage
@@ -111,24 +107,17 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
 
 def _packed_rows(plan: Plan) -> Tiles:
     """Returns what suits packed keys that are cached rotated, beside packed values: three programs where they fit."""
-    mixed = len(plan.keys.entry.segments) > 1
-    tiles = Tiles(stages=3, largest=64 if mixed else 128)
-    ahead = 2 * tiles.tokens * (_loaded(plan.keys.entry) + _loaded(plan.values.entry))
-    laid_out = 2 * tiles.tokens * tiles.largest  # values, for the product
-    if ahead + laid_out <= ROWS[0] << 10:
-        return replace(tiles, programs=3, registers=168)
-    return tiles if ahead + laid_out <= ROWS[1] << 10 else replace(tiles, stages=2)
+    # Two tiles of what is cached are in shared memory, and the queries.
+    size = 2 * Tiles.tokens * (_loaded(plan.keys.entry) + _loaded(plan.values.entry))
+    size += 2 * LEAST * plan.keys.entry.count
+    if size <= ROWS[0] << 10:
+        return Tiles(stages=3, programs=3, registers=168)
+    return Tiles(stages=3) if size <= ROWS[1] << 10 else Tiles()
 
 
 def _loaded(entry: Entry) -> int:
-    """Returns the bytes of shared memory that a row of an entry takes: of 6 and 3 bits every word is read twice, and
-    three as four."""
-    found = 0
-    for bits, count, groups in entry.segments:
-        whole = entry_bytes(count, bits)
-        scales = 0 if bits == 16 else SCALE_BYTES * len(groups)
-        found += scales + (whole - scales) * (8 if bits in (6, 3) else 3) // 3
-    return found
+    """Returns the bytes of shared memory that a row of an entry takes."""
+    return entry.nbytes // entry.rows
 
 
 def _packed_tiles(rank: int, columns: int, token: int, joint: bool) -> Tiles:

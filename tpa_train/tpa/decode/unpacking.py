@@ -9,25 +9,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.quantization import planes
+
+planes_of = triton.constexpr_function(planes)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.constexpr_function
-def shift_of(BITS, AT):
-    """Returns by how many bits codes at bit AT are shifted to be among the ten last bits of float16 numbers."""
-    return 0 if AT + BITS <= 10 else (8 if BITS == 4 else AT)
+def plane_of(BITS, k):
+    """Returns the width of the k-th plane of codes, 0 where there is none."""
+    return (*planes_of(BITS), 0)[k]
 
 
 @triton.constexpr_function
-def factor_of(BITS, AT):
-    """Returns by which factor codes at bit AT are then larger than at bit 0."""
-    return float(1 << AT - shift_of(BITS, AT))
+def start_of(BITS, COUNT, k):
+    """Returns where the k-th plane of COUNT codes begins, in bytes; the one after the last: where the row ends."""
+    return sum(-(-COUNT * width // 8) for width in planes_of(BITS)[:k])
 
 
 @triton.constexpr_function
-def last_of(BITS):
-    """Returns at which bit of ``_paired``'s last words the third pair of codes lies; the fourth lies BITS beyond."""
-    return {6: 4, 8: 0}.get(BITS, 2 * BITS)
+def bit_of(BITS, j):
+    """Returns at which bit the j-th code of a unit is taken out: where it lies, or eight to the right, since codes are
+    the last ten bits of float16 numbers."""
+    at = planes_of(BITS)[0] * j
+    return 0 if BITS == 8 else at if at + BITS <= 10 else at - 8
+
+
+@triton.constexpr_function
+def factor_of(BITS, j):
+    """Returns by which factor the j-th code is then larger than at bit 0."""
+    return float(1 << bit_of(BITS, j))
+
+
+@triton.constexpr_function
+def in_words(BITS, COUNT):
+    """Returns whether rows of COUNT codes, and planes in them, are whole words."""
+    return all(start_of(BITS, COUNT, k) % 4 == 0 for k in range(1, len(planes_of(BITS)) + 1))
 
 
 @triton.jit
@@ -109,58 +126,88 @@ def load_words(
 
 
 @triton.jit
-def _units(
-    base, at, valid, FIRST: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr, BYTES: tl.constexpr,
-    IN_WORDS: tl.constexpr,
+def _plane(
+    base, at, valid, WIDTH: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr, COUNT: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT times UNIT bytes of the rows at ``at`` [T], which have BYTES, from FIRST on: the low bits of int32."""
-    if not IN_WORDS:
-        x = load_words(base, at, valid, FIRST, UNIT, COUNT, BYTES)
+    """COUNT times eight codes of one plane, from byte FIRST of the rows at ``at`` [T] on, those before byte END: int32
+    [T, COUNT], each half of which has four. Of 8 bits twice as many, which have four each."""
+    UNIT: tl.constexpr = WIDTH if WIDTH < 8 else 4  # bytes
+    UNITS: tl.constexpr = COUNT if WIDTH < 8 else 2 * COUNT
+    if not WORDS:
+        x = load_words(base, at, valid, FIRST, UNIT, UNITS, END)
         for i in tl.static_range(1, UNIT):
-            x |= load_words(base, at, valid, FIRST + i, UNIT, COUNT, BYTES) << 8 * i
-    elif UNIT == 4:
-        x = load_words(base, at, valid, FIRST // 4, 1, COUNT, BYTES // 4)
-    elif UNIT == 2:  # two in a word
-        x = load_words(base, at, valid, FIRST // 4, 1, COUNT // 2, BYTES // 4)
-        x = tl.broadcast_to(x[:, :, None], (x.shape[0], COUNT // 2, 2)) >> (16 * tl.arange(0, 2))[None, None, :]
-        x = tl.reshape(x, (x.shape[0], COUNT))
-    else:  # four lie in three words; told that it reads neighbours, the compiler lets neighbouring threads do it
-        n = tl.arange(0, COUNT) % 4
-        word = tl.max_contiguous(FIRST // 4 + tl.arange(0, COUNT) // 4 * 3 + n, 4)
-        begins = valid[:, None] & ((n < 3) & (word < BYTES // 4))[None, :]
-        ends = valid[:, None] & ((n > 0) & (word <= BYTES // 4))[None, :]
-        x = tl.load(base + at[:, None] + word[None, :], mask=begins, other=0)
-        before = tl.load(base + at[:, None] + (word - 1)[None, :], mask=ends, other=0).to(tl.uint32, bitcast=True)
-        bit = (8 * n)[None, :]
-        x = x << bit | (before >> 1 >> 31 - bit).to(tl.int32, bitcast=True)
+            x |= load_words(base, at, valid, FIRST + i, UNIT, UNITS, END) << 8 * i
+    else:
+        EACH: tl.constexpr = 4 // UNIT  # in a word
+        x = load_words(base, at, valid, FIRST // 4, 1, UNITS // EACH, END // 4)
+        if EACH > 1:
+            x = tl.broadcast_to(x[:, :, None], (x.shape[0], UNITS // EACH, EACH))
+            x = tl.reshape(x >> (8 * UNIT * tl.arange(0, EACH))[None, None, :], (x.shape[0], UNITS))
+    if WIDTH == 2:
+        x = x & 0xFF | (x & 0xFF00) << 8
+    elif WIDTH == 1:
+        x = x & 0xF | (x & 0xF0) << 12
     return x
 
 
 @triton.jit
-def _paired(x, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the units of ``load_piece``: two words [T, BLOCK / 32, 4] whose halves hold the codes of two neighbouring
-    columns each: the first two codes and the last two."""
-    if BITS <= 4:  # a unit has both columns' four codes, one after the other
-        x = tl.reshape(x, (x.shape[0], BLOCK // 32, 4))
-        if BITS == 3:
-            x = x & 0xFFF | (x & 0xFFF000) << 4
-        elif BITS == 2:
-            x = x & 0xFF | (x & 0xFF00) << 8
-        first, last = x, x
-    else:  # each column has a unit, the first two codes of which are in its first 16 bits
+def _words_of(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr,
+    TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The codes of a piece of packed numbers, for ``_pairs``: two words [T, BLOCK / 32, 4]."""
+    WORDS: tl.constexpr = in_words(BITS, COUNT)
+    KIND: tl.constexpr = tl.int32 if WORDS else tl.uint8
+    pitch: tl.constexpr = start_of(BITS, COUNT, 2) // (4 if WORDS else 1)
+    base = stored[TENSOR].to(tl.pointer_type(KIND), bitcast=True) + sequence * (ROWS * pitch) + row * pitch
+    at = slot * (ROWS * pitch)
+    LOW: tl.constexpr = plane_of(BITS, 0)
+    HIGH: tl.constexpr = plane_of(BITS, 1)
+    FIRST: tl.constexpr = START * LOW // 8
+    x = _plane(base, at, valid, LOW, FIRST, start_of(BITS, COUNT, 1), BLOCK // 8, WORDS)
+    if BITS == 8:
         one, other = tl.split(tl.reshape(x, (x.shape[0], BLOCK // 32, 4, 2)))
-        AFTER: tl.constexpr = 16 if BITS == 8 else 8
-        first = one & 0xFFFF | other << 16
-        last = one >> AFTER & 0xFFFF | other >> AFTER << 16
-    return first, last
+        found = (one & 0xFFFF | other << 16, one >> 16 & 0xFFFF | other & -65536)
+    else:
+        x = tl.reshape(x, (x.shape[0], BLOCK // 32, 4))
+        found = (x, x)
+        if HIGH > 0:
+            ABOVE: tl.constexpr = start_of(BITS, COUNT, 1) + START * HIGH // 8
+            y = _plane(base, at, valid, HIGH, ABOVE, start_of(BITS, COUNT, 2), BLOCK // 8, WORDS)
+            found = (x, tl.reshape(y, (x.shape[0], BLOCK // 32, 4)))
+    return found
 
 
 @triton.jit
-def _codes(x, BITS: tl.constexpr, AT: tl.constexpr):
-    """Codes at bit AT of both halves of the words ``x`` [T, BLOCK / 32, 4] as float16 numbers without an exponent,
-    [..., 2]: 2^−24 · code, moved to the left where that spares a shift."""
-    BY: tl.constexpr = shift_of(BITS, AT)
-    x = x >> BY & ((1 << BITS) - 1 << AT - BY) * 0x10001
+def _moved(x, FROM: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH bits of both halves of ``x`` from bit FROM at bit TO, and nothing else."""
+    if FROM > TO:
+        x = x >> (FROM - TO)
+    elif FROM < TO:
+        x = x << (TO - FROM)
+    return x & ((1 << WIDTH) - 1 << TO) * 0x10001
+
+
+@triton.jit
+def _pairs(words, BITS: tl.constexpr, j: tl.constexpr):
+    """The j-th codes of four of both columns: at ``bit_of`` of both halves of [T, BLOCK / 32, 4]."""
+    LOW: tl.constexpr = plane_of(BITS, 0)
+    HIGH: tl.constexpr = plane_of(BITS, 1)
+    AT: tl.constexpr = bit_of(BITS, j)
+    if BITS == 8:
+        x = _moved(words[j // 2], j % 2 * 8, 0, 8)
+    else:
+        x = _moved(words[0], LOW * j, AT, LOW)
+        if HIGH > 0:
+            x = x | _moved(words[1], HIGH * j, AT + LOW, HIGH)
+    return x
+
+
+@triton.jit
+def _codes(words, BITS: tl.constexpr, j: tl.constexpr):
+    """The j-th codes as float16 numbers without an exponent, 2^−24 · code · ``factor_of``: [T, BLOCK / 32, 4, 2]."""
+    x = _pairs(words, BITS, j)
     if INTERPRETED:
         first = (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
         last = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -175,28 +222,24 @@ def _codes(x, BITS: tl.constexpr, AT: tl.constexpr):
 def moved_by(n, BITS: tl.constexpr):
     """By which factors ``code_piece`` moves the codes of the numbers ``n``."""
     n = n % 4
-    first = tl.where(n == 0, factor_of(BITS, 0), factor_of(BITS, BITS))
-    last = tl.where(n == 2, factor_of(BITS, last_of(BITS)), factor_of(BITS, last_of(BITS) + BITS))
-    return tl.where(n < 2, first, last)
+    first = tl.where(n == 0, factor_of(BITS, 0), factor_of(BITS, 1))
+    return tl.where(n < 2, first, tl.where(n == 2, factor_of(BITS, 2), factor_of(BITS, 3)))
 
 
 @triton.jit
-def _decoded(x, pair, BITS: tl.constexpr, AT: tl.constexpr, TYPE: tl.constexpr):
-    """Codes at bit AT of both halves of the words ``x`` [T, BLOCK / 32, 4], as low + scale · code in TYPE, [..., 2].
+def _decoded(words, pair, BITS: tl.constexpr, j: tl.constexpr, TYPE: tl.constexpr):
+    """The j-th codes as low + scale · code in TYPE, [T, BLOCK / 32, 4, 2].
 
     ``pair``: scales and lows, [T, BLOCK / 32]. Rounded once, as these and the codes are exact in float16: two codes at
     a time become the last bits of two mantissas of 1024, and are moved to their place by a product rather than shifted.
     """
-    SHIFT: tl.constexpr = shift_of(BITS, AT)
-    FROM: tl.constexpr = AT - SHIFT
-    MASK: tl.constexpr = ((1 << BITS) - 1 << FROM) * 0x10001
+    x = _pairs(words, BITS, j)
+    FROM: tl.constexpr = bit_of(BITS, j)
     pair = tl.broadcast_to(pair[:, :, None], (x.shape[0], x.shape[1], x.shape[2]))
-    if SHIFT > 0:
-        x = x >> SHIFT
     if INTERPRETED or TYPE == tl.float32:
         scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         low = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x = (x & MASK) >> FROM
+        x = x >> FROM
         first, second = (x & 0xFFFF).to(tl.float32) * scale + low, (x >> 16).to(tl.float32) * scale + low
         x = tl.join(first, second).to(TYPE)
     else:
@@ -204,29 +247,12 @@ def _decoded(x, pair, BITS: tl.constexpr, AT: tl.constexpr, TYPE: tl.constexpr):
         UNDO: tl.constexpr = (15 - FROM << 10) * 0x10001
         LESS: tl.constexpr = (25 - FROM << 10) * 0x10001 - 0x7FFF8000
         first, second = tl.inline_asm_elementwise(
-            "{.reg .b32 a, b, c; lop3.b32 a, $2, $3, 0x64006400, 0xEA; fma.rn.f16x2 a, a, $4, $5;"
-            " prmt.b32 b, $6, $6, 0x1010; prmt.b32 c, $6, $6, 0x3232; fma.rn.f16x2 a, a, b, c; mov.b32 {$0, $1}, a;}",
-            "=h,=h,r,r,r,r,r", [x, MASK, UNDO, LESS, pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            "{.reg .b32 a, b, c; or.b32 a, $2, 0x64006400; fma.rn.f16x2 a, a, $3, $4;"
+            " prmt.b32 b, $5, $5, 0x1010; prmt.b32 c, $5, $5, 0x3232; fma.rn.f16x2 a, a, b, c; mov.b32 {$0, $1}, a;}",
+            "=h,=h,r,r,r,r", [x, UNDO, LESS, pair], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
         )  # fmt: skip
         x = tl.join(first, second)
     return x
-
-
-@triton.jit
-def _words_of(
-    stored, sequence, slot, valid, row, ROWS: tl.constexpr,
-    TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``_paired`` words of a piece of packed numbers."""
-    bytes_of_row: tl.constexpr = (COUNT * BITS + 7) // 8
-    in_words: tl.constexpr = stored[TENSOR].dtype.element_ty == tl.int32
-    pitch: tl.constexpr = bytes_of_row // 4 if in_words else bytes_of_row
-    base = stored[TENSOR] + sequence * (ROWS * pitch) + row * pitch
-    # A unit is eight codes or, where those are more than a word, four.
-    UNIT: tl.constexpr = BITS if BITS <= 4 else BITS // 2
-    COUNT_OF_UNITS: tl.constexpr = BLOCK * BITS // (8 * UNIT)
-    x = _units(base, slot * (ROWS * pitch), valid, START * BITS // 8, UNIT, COUNT_OF_UNITS, bytes_of_row, in_words)
-    return _paired(x, BITS, BLOCK)
 
 
 @triton.jit
@@ -256,13 +282,12 @@ def load_piece(
         else:
             x = tl.load(base + at, mask=valid[:, None] & (column < COUNT)[None, :], other=0.0)
     else:
-        first, last = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
+        words = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
         groups: tl.constexpr = (COUNT + 31) // 32
         base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
         pair = load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
-        LAST: tl.constexpr = last_of(BITS)
-        evens = tl.join(_decoded(first, pair, BITS, 0, TYPE), _decoded(last, pair, BITS, LAST, TYPE))
-        odds = tl.join(_decoded(first, pair, BITS, BITS, TYPE), _decoded(last, pair, BITS, LAST + BITS, TYPE))
+        evens = tl.join(_decoded(words, pair, BITS, 0, TYPE), _decoded(words, pair, BITS, 2, TYPE))
+        odds = tl.join(_decoded(words, pair, BITS, 1, TYPE), _decoded(words, pair, BITS, 3, TYPE))
         x = _in_columns(evens, odds, BLOCK)
     return x
 
@@ -273,10 +298,9 @@ def code_piece(
     TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As ``load_piece`` of packed numbers, their codes: float16, 2^−24 · code · ``moved_by``."""
-    first, last = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
-    LAST: tl.constexpr = last_of(BITS)
-    evens = tl.join(_codes(first, BITS, 0), _codes(last, BITS, LAST))
-    odds = tl.join(_codes(first, BITS, BITS), _codes(last, BITS, LAST + BITS))
+    words = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
+    evens = tl.join(_codes(words, BITS, 0), _codes(words, BITS, 2))
+    odds = tl.join(_codes(words, BITS, 1), _codes(words, BITS, 3))
     return _in_columns(evens, odds, BLOCK)
 
 

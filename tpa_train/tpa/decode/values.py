@@ -13,10 +13,25 @@ import triton
 import triton.language as tl
 
 from tpa_train.tpa.decode import plan
-from tpa_train.tpa.decode.unpacking import INTERPRETED, bounded, columns, dot, load_words, narrow, operand, order, zeros
+from tpa_train.tpa.decode.unpacking import (
+    INTERPRETED,
+    bit_of,
+    bounded,
+    columns,
+    dot,
+    in_words,
+    load_words,
+    narrow,
+    operand,
+    order,
+    plane_of,
+    planes_of,
+    start_of,
+    zeros,
+)
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
-COLUMNS = 32  # of a product, which four warps share in blocks of eight: as many units are read at a time at least
+COLUMNS = 32  # of a product, which four warps share in blocks of eight: of fewer, several would do the same
 BOOST = tl.constexpr(64.0)  # of weights times scales, which small ones need in float16; they saturate at 65504
 TINY = tl.constexpr(2.0**24)  # codes are the last bits of float16 numbers, without an exponent
 
@@ -25,13 +40,13 @@ TINY = tl.constexpr(2.0**24)  # codes are the last bits of float16 numbers, with
 def unit_of(PIECES, i, TYPE, SHARES):
     """Returns how many neighbouring codes of the i-th piece are read as one unit; 0 where it is unpacked instead.
 
-    A unit has 8 or 16 bits, and a code of every part in which the piece is multiplied.
+    A unit has 8 or 16 bits of every plane, and a code of every part in which the piece is multiplied.
     """
     bits, count, block = PIECES[7 * i + 1], PIECES[7 * i + 2], PIECES[7 * i + 4]
-    if bits not in (8, 4, 2) or TYPE != tl.float16 or count * bits % 32 or block // 32 > SHARES:
+    if bits == 16 or TYPE != tl.float16 or not in_words(bits, count) or block // 32 > SHARES:
         return 0
-    codes = min(block // COLUMNS, 16 // bits)
-    return codes if codes * bits >= 8 else 0
+    codes = min(block // COLUMNS, 16 // max(planes_of(bits)))
+    return codes if codes * min(planes_of(bits)) >= 8 else 0
 
 
 @triton.constexpr_function
@@ -47,27 +62,34 @@ def first_of(PIECES, i, TYPE, SHARES):
 
 
 @triton.constexpr_function
-def bit_of(BITS, j):
-    """Returns at which bit of a float16 number the j-th code of a unit is multiplied: it has to be one of ten."""
-    return BITS * j if BITS * (j + 1) <= 10 else BITS * j - 8
-
-
-@triton.constexpr_function
 def _masking(BITS, j):
-    """Returns assembly that leaves the j-th codes of two units."""
+    """Returns assembly that leaves the j-th codes of two units, of one plane or two."""
+    low, high = (*planes_of(BITS), 0)[:2]
     at = bit_of(BITS, j)
-    mask = ((1 << BITS) - 1 << at) * 0x10001
-    return f"{{.reg .b32 a; shr.b32 a, $1, {BITS * j - at}; and.b32 $0, a, {mask};}}"
+    text = f"shr.b32 a, $1, {low * j - at}; and.b32 a, a, {((1 << low) - 1 << at) * 0x10001};"
+    if high:
+        by = high * j - at - low
+        move = f"shr.b32 b, $2, {by};" if by >= 0 else f"shl.b32 b, $2, {-by};"
+        text += f"{move} and.b32 b, b, {((1 << high) - 1 << at + low) * 0x10001}; or.b32 a, a, b;"
+    return f"{{.reg .b32 a, b; {text} mov.b32 $0, a;}}"
 
 
 @triton.jit
-def _codes(x, BITS: tl.constexpr, j: tl.constexpr):
-    """The j-th codes of the units ``x``, int16, as float16: 2^(at − 24) · code."""
+def _codes(units, BITS: tl.constexpr, j: tl.constexpr):
+    """The j-th codes of ``units``, int16 of every plane, as float16: 2^(bit − 24) · code."""
+    LOW: tl.constexpr = plane_of(BITS, 0)
+    HIGH: tl.constexpr = plane_of(BITS, 1)
     if INTERPRETED:
-        x = x.to(tl.int32) >> (BITS * j - bit_of(BITS, j)) & ((1 << BITS) - 1 << bit_of(BITS, j))
-        x = x.to(tl.int16).to(tl.float16, bitcast=True)
+        x = units[0].to(tl.int32) >> LOW * j & (1 << LOW) - 1
+        if HIGH > 0:
+            x = x | (units[1].to(tl.int32) >> HIGH * j & (1 << HIGH) - 1) << LOW
+        x = (x << bit_of(BITS, j)).to(tl.int16).to(tl.float16, bitcast=True)
+    elif HIGH > 0:
+        x = tl.inline_asm_elementwise(
+            _masking(BITS, j), "=r,r,r", [units[0], units[1]], dtype=tl.float16, is_pure=True, pack=2
+        )
     else:
-        x = tl.inline_asm_elementwise(_masking(BITS, j), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+        x = tl.inline_asm_elementwise(_masking(BITS, j), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2)
     return x
 
 
@@ -129,15 +151,32 @@ def _units(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, BITS: tl.constexpr,
     COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The units of a piece as a right operand [T, BLOCK / UNIT], int16.
+    """The units of every plane of a piece, each a right operand [T, BLOCK / UNIT], int16.
 
     Every thread of the product needs other units, so it reads its own as they are cached; units of two tokens share a
     register, as the numbers of their codes do in a product.
     """
-    KIND: tl.constexpr = tl.int16 if UNIT * BITS == 16 else tl.uint8
-    pitch: tl.constexpr = COUNT // UNIT
+    found = ()
+    for k in tl.static_range(2 if plane_of(BITS, 1) > 0 else 1):
+        found = found + (
+            _plane_units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT, k),
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _plane_units(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, BITS: tl.constexpr,
+    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, k: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = UNIT * plane_of(BITS, k) // 8  # bytes
+    KIND: tl.constexpr = tl.int16 if SIZE == 2 else tl.uint8
+    pitch: tl.constexpr = start_of(BITS, COUNT, 2) // SIZE
     base = stored[TENSOR].to(tl.pointer_type(KIND), bitcast=True) + sequence * (ROWS * pitch) + row * pitch
-    return load_words(base, slot * (ROWS * pitch), valid, START // UNIT, 1, BLOCK // UNIT, pitch, tl.int16)
+    return load_words(
+        base, slot * (ROWS * pitch), valid, start_of(BITS, COUNT, k) // SIZE + START // UNIT, 1, BLOCK // UNIT,
+        start_of(BITS, COUNT, k + 1) // SIZE, tl.int16,
+    )  # fmt: skip
 
 
 @triton.jit
