@@ -102,7 +102,7 @@ def test_codes_are_multiplied_as_they_are_cached(form, heads):
     shares = 16 // (4 if heads == 6 else 1)
     pieces_of = last.options["VALUE_PIECES"]
     units = [unit_of(pieces_of, i, last.options["VALUE_TYPE"], shares) for i in range(len(pieces_of) // 7)]
-    read = {"8": [2], "4": [4], "2": [4], "6": [4], "3": [0], "mixed": [2, 1, 0, 0], "beside 16": [4], "under 16": [0]}
+    read = {"8": [2], "4": [4], "2": [4], "6": [4], "3": [0], "mixed": [2, 1, 0, 0], "beside 16": [4]}
     assert units == read.get(form, units) and (form not in ("latent", "joint") or any(units))
 
 

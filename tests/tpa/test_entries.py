@@ -65,6 +65,17 @@ def test_bytes_are_those_of_the_storage(entry):
     assert entry.nbytes == _bytes(entry)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_that_alternate_are_stored_under_autocast_as_without(dtype):
+    entry = Entry(2, 250, (8, 4, 16, 4, 6, 8, 3, 6))
+    x = _numbers(entry, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        stored, rounded = entry.pack_rounded(x)
+        back = entry.unpack(stored, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(stored, entry.pack(x), strict=True))
+    assert torch.equal(back, rounded) and torch.equal(back, entry.rounded(x))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_widths(data):

@@ -88,8 +88,8 @@ class Run(NamedTuple):
         return slice(self.start // GROUP, -(-(self.start + self.count) // GROUP))
 
 
-def _joined(parts: list[Tensor], dim: int = -1) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ class Entry:
                 stored.append(_joined([x[..., run.numbers] for run in runs]))
             else:
                 stored.append(pack_codes(_joined([codes[..., run.numbers] for run in runs]), segment.bits))
-                stored.append(_joined([scales[..., run.groups, :] for run in runs], dim=-2))
+                # Chosen, not joined: autocast on a CPU cannot join float16.
+                one = len(runs) == 1
+                stored.append(scales[..., runs[0].groups if one else list(segment.groups), :])
         return tuple(stored)
 
     def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
