@@ -9,6 +9,7 @@ Tiles are those that are chosen, changed as told.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -139,7 +140,16 @@ def compile_launch(launch: Launch) -> dict:
         "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
         "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
         "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "early": read_early(ttgir), "asm": compiled.asm,
+        "staged": largest_staged(ttgir),
     }  # fmt: skip
+
+
+def largest_staged(ttgir: str) -> int:
+    """Returns the numbers of the largest tensor that a tile's loop moves from registers through shared memory."""
+    _, _, loop = ttgir.partition("scf.for")
+    body, _, _ = loop.partition("scf.yield")
+    moved = re.findall(r"(?:ttg\.local_alloc|ttg\.convert_layout) %\S+ : \(?tensor<([\dx]+)x[a-z]", body)
+    return max((math.prod(map(int, shape.split("x"))) for shape in moved), default=0)
 
 
 def read_early(ttgir: str) -> list[str] | None:

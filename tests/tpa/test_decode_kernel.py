@@ -380,11 +380,11 @@ def test_kernels_compile_for_an_h100():
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-96-4bit", "joint-270m-128-norms"]
     chained = ["latent-4b-64:dependent=1", "joint-270m-128-norms:dependent=1"]
-    command = [sys.executable, str(script), *cases, *chained]
+    command = [sys.executable, str(script), *cases, *chained, "dense-270m-4bit"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
-    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing, *2 * [*absorbing, "combine"]]
+    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing, *2 * [*absorbing, "combine"], "attend_packed"]
     assert [f["kernel"] for f in found] == expected
     for f in found:
         small = f["kernel"] in ("lay_out_queries", "combine")
@@ -392,11 +392,13 @@ def test_kernels_compile_for_an_h100():
         assert f["spilled"] <= 256 and f["shared_kb"] <= (227 if f["case"] == "contextual-4b-1" else 113)
         assert f["wgmma"] > 0 or small
         # What the step's kernels write for each other is read when they have ended; its first one waits for none.
-        if f["kernel"] in ("attend_direct", "attend_rebuilt", "lay_out_queries"):
+        if f["kernel"] in ("attend_direct", "attend_packed", "attend_rebuilt", "lay_out_queries"):
             assert f["early"] is None
         else:
             assert "lengths" in f["early"]
             assert not {"both", "along", "turned", "w", "bias", "partial", "lse"} & set(f["early"])
+    # Codes go from memory into the products; weights alone change hands, [16, 64].
+    assert found[-1]["staged"] == 16 * 64
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

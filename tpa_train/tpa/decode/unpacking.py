@@ -139,11 +139,9 @@ def _plane(
         for i in tl.static_range(1, UNIT):
             x |= load_words(base, at, valid, FIRST + i, UNIT, UNITS, END) << 8 * i
     else:
-        EACH: tl.constexpr = 4 // UNIT  # in a word
-        x = load_words(base, at, valid, FIRST // 4, 1, UNITS // EACH, END // 4)
-        if EACH > 1:
-            x = tl.broadcast_to(x[:, :, None], (x.shape[0], UNITS // EACH, EACH))
-            x = tl.reshape(x >> (8 * UNIT * tl.arange(0, EACH))[None, None, :], (x.shape[0], UNITS))
+        KIND: tl.constexpr = tl.int32 if UNIT == 4 else (tl.int16 if UNIT == 2 else tl.uint8)
+        base = base.to(tl.pointer_type(KIND), bitcast=True)
+        x = load_words(base, at * (4 // UNIT), valid, FIRST // UNIT, 1, UNITS, END // UNIT)
     if WIDTH == 2:
         x = x & 0xFF | (x & 0xFF00) << 8
     elif WIDTH == 1:
