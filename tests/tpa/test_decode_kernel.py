@@ -107,15 +107,36 @@ def test_codes_are_multiplied_as_they_are_cached(form, heads):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("size", [3e-4, 1.0, 300.0])
-def test_weights_of_codes_fit_into_float16(size):
-    """Scales from 2e-5 to 20, with probabilities from 1 down to e^−30."""
-    attention = layer(1, LayerSpec("dense", 64, "dense", 64, 16, 4), head_dim=64)
+def test_weights_of_codes_fit_into_float16(size, bits):
+    """Scales from 1e-6 to 20, with probabilities from 1 down to e^−30."""
+    attention = layer(1, LayerSpec("dense", 64, "dense", 64, 16, bits), head_dim=64)
     attention.values.proj.weight.mul_(size)
     attention.q_proj.weight.mul_(6.0)
     tiles = dataclasses.replace(SMALL, tokens=32, largest=64)
     error, reference = _errors(attention, [90], 96, F16, tiles=tiles, splits=1)
     assert error < 2 * reference < 4e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+def test_many_tokens_of_small_weight_count(bits):
+    """One token with weight 1 and 1,023 with e^−9 each, of numbers that are about 0.3 apart."""
+    attention = layer(1, LayerSpec("dense", 64, "dense", 64, 16, bits), head_dim=64)
+    queries, cached, _ = filled(attention, [1024], 1024, F16)
+    keys, *rest = cached.stored
+    keys.zero_()
+    keys[:, 0] = queries[:, :1].sign().half() * (9 / (attention.config.scale * queries[0, 0].abs().sum())).half()
+    values = torch.randn(1, 1024, 1, 64, generator=torch.Generator().manual_seed(1)) * 0.05 + torch.arange(64) / 64
+    entry = attention.entries[-1]
+    cached = dataclasses.replace(cached, stored=(keys, *entry.pack(values)))
+    exact = attend_reference(attention, queries.double(), moved(cached, "cpu", torch.float64))
+    tiles = dataclasses.replace(SMALL, tokens=128, largest=64)
+    ours = copy.deepcopy(attention).to(DEVICE, F16)
+    out = attend_triton(ours, queries.to(DEVICE), moved(cached, DEVICE), tiles, 1)
+    errors = (out.cpu().double() - exact)[:, :1].abs() / exact[:, :1].abs().mean()
+    assert errors.max() < 2e-3
 
 
 @torch.no_grad()

@@ -38,6 +38,11 @@ def code_bytes(count: int, bits: int) -> int:
     return sum(-(-count * width // 8) for width in planes(bits))
 
 
+def whole_words(count: int, bits: int) -> bool:
+    """Returns whether every plane of ``count`` codes is whole words of four bytes."""
+    return all(-(-count * width // 8) % 4 == 0 for width in planes(bits))
+
+
 def entry_bytes(count: int, bits: int) -> int:
     """Returns the bytes that ``count`` numbers of one KV head take, scales and padding of the last byte counted."""
     if bits == 16:

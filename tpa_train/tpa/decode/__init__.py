@@ -1,8 +1,8 @@
 """One step of decoding: attention of one new query a sequence on everything that its layer has cached.
 
 ``attend_new`` and ``attend_cached`` are the only doors. ``reference`` reads the cache with PyTorch, on any device; it
-defines what is right. Kernels read it as it lies, and unpack nothing in memory: on CUDA those of ``kernel`` and
-``combine``, in Triton; on a CPU ``native``, in C, or a library's where keys and values are ``stored`` as they are.
+defines what is right. Kernels read it as it lies, and unpack nothing in memory: on CUDA Triton's (``launch`` chooses);
+on a CPU ``native``, in C, or a library's where keys and values are ``stored`` as they are.
 """
 
 from __future__ import annotations

@@ -149,7 +149,9 @@ def prepare(
     key_pieces = pieces(keys.entry, keys.first, tiles.largest)
     rows = max(LEAST, power_of_two(plan.per_program * repeats))
     own = power_of_two(repeats)  # query heads of a KV head, padded
-    shares = rows // own if values.mode == OWN and not values.entry.exact and dtype != torch.float32 else 0
+    shares = 0
+    if values.mode == OWN and not values.entry.exact and dtype != torch.float32 and own < LEAST:
+        shares = rows // own
     nothing = cached.rotary[0]  # float32, not read
     key_type, value_type = operand_type(keys.entry, dtype), operand_type(values.entry, dtype)
     options: dict[str, Any] = {

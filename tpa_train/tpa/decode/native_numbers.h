@@ -76,15 +76,15 @@ INLINE float total(vec v) {
 /* Bits of the lower plane. */
 INLINE int low_bits(const int bits) { return bits == 6 ? 4 : bits == 3 ? 2 : bits; }
 
-/* Codes of a full group, a little-endian stream of `bits`-bit numbers, up to 8 bits. */
+/* A plane of the codes of a full group, a little-endian stream of numbers of 1, 2, 4 or 8 bits. */
 INLINE void read_codes(const uint8_t *p, const int bits, ivec *first, ivec *second) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     if (bits == 8) {
         *first = (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
         *second = (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p + 16)));
-    } else { /* every number gets the two 16-bit words from the one on that it starts in */
+    } else { /* every number gets the 16-bit word that it lies in (and, above it, the first one, which is masked) */
         int32_t words[LANES], shifts[LANES];
-        for (int i = 0; i < LANES; i++) words[i] = i * bits / 16 * 0x10001 + 0x10000, shifts[i] = i * bits % 16;
+        for (int i = 0; i < LANES; i++) words[i] = i * bits / 16, shifts[i] = i * bits % 16;
         const __m512i from = _mm512_loadu_si512(words), by = _mm512_loadu_si512(shifts);
         const __m512i all = _mm512_castsi256_si512(_mm256_maskz_loadu_epi32((1 << bits) - 1, p));
         const __m512i mask = _mm512_set1_epi32((1 << bits) - 1), half = _mm512_set1_epi16(bits);
@@ -202,7 +202,7 @@ static void pack_plane(const uint8_t *codes, int count, int from, int bits, uint
     for (int i = 0; i < count; i++) to[i * bits / 8] |= (codes[i] >> from & ((1 << bits) - 1)) << i * bits % 8;
 }
 
-static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint8_t *high, uint16_t *pair) {
+static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint8_t *upper, uint16_t *pair) {
     float low = x[0], high = x[0];
     const int levels = (1 << bits) - 1;
     for (int i = 1; i < count; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
@@ -218,7 +218,7 @@ static void pack_group(const float *x, int count, int bits, uint8_t *codes, uint
     }
     const int lower = low_bits(bits);
     pack_plane(found, count, 0, lower, codes);
-    if (lower < bits) pack_plane(found, count, lower, bits - lower, high);
+    if (lower < bits) pack_plane(found, count, lower, bits - lower, upper);
 }
 
 /* Packs row r of sequence b's newest token to slot `token` of buffer row `row`. */

@@ -16,10 +16,10 @@ from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode.turning import SPANS, Turning, turning
 from tpa_train.tpa.entries import Entry
-from tpa_train.tpa.quantization import GROUP, planes
+from tpa_train.tpa.quantization import GROUP, planes, whole_words
 
-OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``kernel.weighted``
-UNROLLED = 4  # of ``kernel``: rows of a sum that are not a loop of their own
+OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``values.weighted``
+UNROLLED = 4  # of ``values``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
 WIDE = 128  # numbers of a piece of values whose codes are multiplied as they are
@@ -47,10 +47,10 @@ def _blocks(count: int, largest: int, unit: int, whole: bool = False) -> list[tu
 
 
 def pieces(entry: Entry, tensor: int, largest: int, shares: int = 0) -> tuple[int, ...]:
-    """Returns ``kernel``'s PIECES of ``entry``, whose first tensor is the layer's ``tensor``-th.
+    """Returns ``unpacking``'s PIECES of ``entry``, whose first tensor is the layer's ``tensor``-th.
 
-    ``largest``: numbers that are read at a time, a power of two, at least 32. ``shares``: as in ``values``, whose
-    groups' codes are multiplied as they are; those come in blocks whose units are bytes at least, filled or not.
+    ``largest``: numbers that are unpacked at a time, a power of two, at least 32. ``shares``: as in ``values``, where
+    codes are multiplied as they are: in blocks of WIDE numbers, or whose units are bytes at least, filled or not.
     """
     found: list[int] = []
     padded = 0
@@ -58,7 +58,7 @@ def pieces(entry: Entry, tensor: int, largest: int, shares: int = 0) -> tuple[in
         blocks = _blocks(count, largest, LEAST if bits == 16 else GROUP)
         # Columns of a product times codes that are a byte of every plane; of 3 bits that is too many.
         room, least = min(WIDE, GROUP * shares), 8 * GROUP // min(planes(bits))
-        if bits < 16 and least <= room:
+        if bits < 16 and least <= room and whole_words(count, bits):
             blocks = _blocks(count, room, least, whole=True)
         for first, block in blocks:
             held = groups[first // GROUP : -(-(first + block) // GROUP)]
@@ -94,7 +94,7 @@ def operand_type(entry: Entry, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Rows:
-    """How keys or values are a sum of an entry's rows. ``mode``: of ``kernel.weighted``, of which ``weights`` are the
+    """How keys or values are a sum of an entry's rows. ``mode``: of ``values.weighted``, of which ``weights`` are the
     constants [rows, G] and ``tensor`` the index of the cached ones (−1: none)."""
 
     entry: Entry

@@ -1,4 +1,5 @@
-"""Device functions that read cached entries: what is quantized (``tpa.quantization``) is unpacked in registers.
+"""Device functions that read cached entries: what is quantized (``tpa.quantization``) is unpacked in registers, or its
+codes are handed on as numbers.
 
 The last dimension of an entry is read in PIECES, seven whole numbers each: tensor, bits, numbers of its row, first
 number, BLOCK, groups of the entry (16 bits each), column where all blocks are padded. T is the tokens of a tile.
@@ -101,14 +102,25 @@ def _groups_in(PIECES, i):
     return (PIECES[7 * i + 4] + 31) // 32
 
 
+@triton.constexpr_function
+def _neighbours(PIECES, i):
+    first = _group_at(PIECES, i, 0)
+    held = range(1, _groups_in(PIECES, i))
+    return all(_group_at(PIECES, i, k) in (first + k, 0) for k in held)  # 0: beyond the last
+
+
 @triton.jit
 def columns(n, PIECES: tl.constexpr, i: tl.constexpr):
     """Which numbers of the entry the numbers ``n`` of the i-th piece are; ``plan.columns`` says the same."""
     n += PIECES[7 * i + 3] % 32
-    group = 0 * n + _group_at(PIECES, i, 0)
-    for k in tl.static_range(1, _groups_in(PIECES, i)):
-        group = tl.where(n // 32 == k, _group_at(PIECES, i, k), group)
-    return group * 32 + n % 32
+    if _neighbours(PIECES, i):  # said so that loads and stores can be wide
+        n += _group_at(PIECES, i, 0) * 32
+    else:
+        group = 0 * n + _group_at(PIECES, i, 0)
+        for k in tl.static_range(1, _groups_in(PIECES, i)):
+            group = tl.where(n // 32 == k, _group_at(PIECES, i, k), group)
+        n = group * 32 + n % 32
+    return n
 
 
 @triton.jit

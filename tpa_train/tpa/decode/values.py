@@ -19,6 +19,7 @@ from tpa_train.tpa.decode.unpacking import (
     bounded,
     columns,
     dot,
+    factor_of,
     in_words,
     load_words,
     narrow,
@@ -32,7 +33,6 @@ from tpa_train.tpa.decode.unpacking import (
 
 UNROLLED = tl.constexpr(plan.UNROLLED)  # more rows than this are a loop of their own
 COLUMNS = 32  # of a product, which four warps share in blocks of eight: of fewer, several would do the same
-BOOST = tl.constexpr(64.0)  # of weights times scales, which small ones need in float16; they saturate at 65504
 TINY = tl.constexpr(2.0**24)  # codes are the last bits of float16 numbers, without an exponent
 
 
@@ -47,6 +47,16 @@ def unit_of(PIECES, i, TYPE, SHARES):
         return 0
     codes = min(block // COLUMNS, 16 // max(planes_of(bits)))
     return codes if codes * min(planes_of(bits)) >= 8 else 0
+
+
+@triton.constexpr_function
+def boost_of(BITS):
+    """Returns by what weights times scales are multiplied, which are products' operands in float16.
+
+    They saturate where the numbers of a group are more than about 6,000 apart, and what is below 2^−25 is lost, which
+    are weights below 2^−28 where numbers are 1 apart: fewer than of weights alone where they are 1/8 apart or more.
+    """
+    return float(1 << BITS + 3)
 
 
 @triton.constexpr_function
@@ -238,7 +248,7 @@ def _add_piece(
         BLOCK: tl.constexpr = PIECES[7 * i + 4]
         BH: tl.constexpr = weights.shape[1]
         scale, low = scales_of(stored, sequence, slot, valid, row, ROWS, TENSOR, COUNT, START, BLOCK)
-        left = tl.trans(bounded(weights * spread_groups(scale * BOOST, BH, BH // SHARES), TYPE))
+        left = tl.trans(bounded(weights * spread_groups(scale * boost_of(BITS), BH, BH // SHARES), TYPE))
         x = _units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT)
         new = ()
         for j in tl.static_range(UNIT):
@@ -354,7 +364,7 @@ def _leave_piece(
         for j in tl.static_range(UNIT):
             n = UNIT * tl.arange(0, BLOCK // UNIT) + j
             wanted = inside[:, None] & (group[:, None] == (n // 32)[None, :])
-            x = (accs[FIRST + j] * (TINY / BOOST / (1 << bit_of(BITS, j))) + low[:, None]) * scale[:, None]
+            x = (accs[FIRST + j] * (TINY / (boost_of(BITS) * factor_of(BITS, j))) + low[:, None]) * scale[:, None]
             _leave_part(
                 x, n, place, wanted, own[:, None], out, partial, splits, PIECES, i, E, SPLIT, DTYPE
             )  # fmt: skip
