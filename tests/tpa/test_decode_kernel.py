@@ -122,12 +122,12 @@ def test_weights_of_codes_fit_into_float16(size, bits):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
 def test_many_tokens_of_small_weight_count(bits):
-    """One token with weight 1 and 1,023 with e^−9 each, of numbers that are about 0.3 apart."""
+    """One token with weight 1 and 1,023 with e^−12 each, of numbers that are about 0.7 apart in a group."""
     attention = layer(1, LayerSpec("dense", 64, "dense", 64, 16, bits), head_dim=64)
     queries, cached, _ = filled(attention, [1024], 1024, F16)
     keys, *rest = cached.stored
     keys.zero_()
-    keys[:, 0] = queries[:, :1].sign().half() * (9 / (attention.config.scale * queries[0, 0].abs().sum())).half()
+    keys[:, 0] = queries[:, :1].sign().half() * (12 / (attention.config.scale * queries[0, 0].abs().sum())).half()
     values = torch.randn(1, 1024, 1, 64, generator=torch.Generator().manual_seed(1)) * 0.05 + torch.arange(64) / 64
     entry = attention.entries[-1]
     cached = dataclasses.replace(cached, stored=(keys, *entry.pack(values)))

@@ -103,15 +103,39 @@ INLINE void read_codes(const uint8_t *p, const int bits, ivec *first, ivec *seco
 #endif
 }
 
+/* Codes of two planes, `high` those of the upper one. */
+INLINE void read_both(const uint8_t *p, const uint8_t *high, const int bits, ivec *first, ivec *second) {
+    const int lower = low_bits(bits), upper = bits - lower;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    /* Every number gets the 16-bit word that its lower bits lie in and, above it, the one of its upper bits. */
+    int32_t words[LANES], low[LANES], up[LANES];
+    for (int i = 0; i < LANES; i++) {
+        words[i] = i * lower / 16 | (8 + i * upper / 16) << 16;
+        low[i] = i * lower % 16, up[i] = 16 + i * upper % 16 - lower;
+    }
+    const __m128i one = _mm_maskz_loadu_epi32((1 << lower) - 1, p);
+    const __m128i other = _mm_maskz_loadu_epi32((1 << upper) - 1, high);
+    const __m512i all = _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1));
+    const __m512i from = _mm512_loadu_si512(words), by = _mm512_loadu_si512(low), above = _mm512_loadu_si512(up);
+    const __m512i next = _mm512_set1_epi32(lower | upper << 16); /* 16 numbers on */
+    const __m512i mask = _mm512_set1_epi32((1 << lower) - 1), rest = _mm512_set1_epi32(((1 << upper) - 1) << lower);
+    for (int half = 0; half < 2; half++) {
+        const __m512i x = _mm512_permutexvar_epi16(half ? _mm512_add_epi32(from, next) : from, all);
+        const __m512i y = _mm512_and_si512(_mm512_srlv_epi32(x, by), mask);
+        *(half ? second : first) = (ivec)_mm512_or_si512(y, _mm512_and_si512(_mm512_srlv_epi32(x, above), rest));
+    }
+#else
+    ivec a, b;
+    read_codes(p, lower, first, second), read_codes(high, upper, &a, &b);
+    *first += a << lower, *second += b << lower;
+#endif
+}
+
 /* Numbers of a full group: scale · code + low; `high`: of the upper plane, if there is one. */
 INLINE void decode(const uint8_t *p, const uint8_t *high, const int bits, float scale, float low, float *out) {
-    const int lower = low_bits(bits);
-    ivec first, second, a, b;
-    read_codes(p, lower, &first, &second);
-    if (lower < bits) {
-        read_codes(high, bits - lower, &a, &b);
-        first += a << lower, second += b << lower;
-    }
+    ivec first, second;
+    if (low_bits(bits) < bits) read_both(p, high, bits, &first, &second);
+    else read_codes(p, bits, &first, &second);
     store(out, __builtin_convertvector(first, vec) * scale + low);
     store(out + LANES, __builtin_convertvector(second, vec) * scale + low);
 }
