@@ -24,10 +24,11 @@ from tpa_train.tpa.decode.plan import order, pieces, plan_of
 from tpa_train.tpa.decode.reference import attend_reference
 from tpa_train.tpa.decode.tuning import FEW, default_tiles
 from tpa_train.tpa.decode.turning import turning
-from tpa_train.tpa.decode.unpacking import load_piece
+from tpa_train.tpa.decode.unpacking import in_words, load_piece
 from tpa_train.tpa.decode.unpacking import order as order_of_columns
 from tpa_train.tpa.decode.values import unit_of
 from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.quantization import whole_words
 from tpa_train.tpa.spec import LayerSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about values that are not selected
@@ -352,6 +353,9 @@ def test_pieces_cover_an_entry_once(count, bits, largest):
         found_columns += own
     assert sorted(found_columns) == list(range(count))
     assert found_columns == list(range(count)) or len(set(entry.widths)) > 1
+    for segment in entry.segments:
+        if segment.bits < 16:  # said twice: for the host, and for the kernels
+            assert in_words(segment.bits, segment.count) == whole_words(segment.count, segment.bits)
 
 
 @triton.jit

@@ -19,7 +19,8 @@
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
 
-/* Both are mirrored field by field in native.py. Strides are in bytes; kinds: 0 float32, 1 bfloat16, 2 float16. */
+/* A segment is neighbouring groups of one width (entries.Run). Both are mirrored field by field in native.py. Strides
+   are in bytes; kinds: 0 float32, 1 bfloat16, 2 float16. */
 typedef struct {
     char *codes, *scales; /* scales: of rounded segments */
     int64_t code_row, code_token, code_head, scale_row, scale_token, scale_head;

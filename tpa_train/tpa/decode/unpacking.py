@@ -273,6 +273,17 @@ def _in_columns(evens, odds, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pairs_of(
+    stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, COUNT: tl.constexpr,
+    START: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scale and low of every group of a piece, the two halves of int32 [T, BLOCK / 32]."""
+    groups: tl.constexpr = (COUNT + 31) // 32
+    base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
+    return load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+
+
+@triton.jit
 def load_piece(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr,
     TENSOR: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr,
@@ -293,9 +304,7 @@ def load_piece(
             x = tl.load(base + at, mask=valid[:, None] & (column < COUNT)[None, :], other=0.0)
     else:
         words = _words_of(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK)
-        groups: tl.constexpr = (COUNT + 31) // 32
-        base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
-        pair = load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+        pair = pairs_of(stored, sequence, slot, valid, row, ROWS, TENSOR, COUNT, START, BLOCK)
         evens = tl.join(_decoded(words, pair, BITS, 0, TYPE), _decoded(words, pair, BITS, 2, TYPE))
         odds = tl.join(_decoded(words, pair, BITS, 1, TYPE), _decoded(words, pair, BITS, 3, TYPE))
         x = _in_columns(evens, odds, BLOCK)

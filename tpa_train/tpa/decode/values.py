@@ -25,6 +25,7 @@ from tpa_train.tpa.decode.unpacking import (
     narrow,
     operand,
     order,
+    pairs_of,
     plane_of,
     planes_of,
     start_of,
@@ -85,7 +86,7 @@ def _masking(BITS, j):
 
 
 @triton.jit
-def _codes(units, BITS: tl.constexpr, j: tl.constexpr):
+def _codes_of(units, BITS: tl.constexpr, j: tl.constexpr):
     """The j-th codes of ``units``, int16 of every plane, as float16: 2^(bit − 24) · code."""
     LOW: tl.constexpr = plane_of(BITS, 0)
     HIGH: tl.constexpr = plane_of(BITS, 1)
@@ -149,9 +150,7 @@ def scales_of(
     START: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scale and low of every group of a piece, float32 [T, BLOCK / 32]."""
-    groups: tl.constexpr = (COUNT + 31) // 32
-    base = stored[TENSOR + 1] + sequence * (ROWS * groups) + row * groups
-    pair = load_words(base, slot * (ROWS * groups), valid, START // 32, 1, BLOCK // 32, groups)
+    pair = pairs_of(stored, sequence, slot, valid, row, ROWS, TENSOR, COUNT, START, BLOCK)
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -252,7 +251,7 @@ def _add_piece(
         x = _units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT)
         new = ()
         for j in tl.static_range(UNIT):
-            new = new + (dot(left, _codes(x, BITS, j), accs[FIRST + j], TYPE),)
+            new = new + (dot(left, _codes_of(x, BITS, j), accs[FIRST + j], TYPE),)
         new = new + (accs[FIRST + UNIT] + weights * spread_groups(low, BH, BH // SHARES),)
     return new
 
