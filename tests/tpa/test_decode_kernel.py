@@ -348,7 +348,8 @@ def test_pieces_cover_an_entry_once(count, bits, largest):
         tensor, width, size, first, block, _, padded = piece = found[i : i + 7]
         assert block & (block - 1) == 0 and block <= largest and padded % 16 == 0 and first % 16 == 0
         assert width == 16 or first % 32 == block % 32 == 0
-        own = columns_of(piece, torch.arange(min(block, size - first))).tolist()
+        own = [n for part in columns_of(piece) for n in range(part.start, part.stop)]
+        assert len(own) == min(block, size - first)
         assert {entry.widths[n // 32] for n in own} == {width}
         found_columns += own
     assert sorted(found_columns) == list(range(count))

@@ -68,11 +68,15 @@ def pieces(entry: Entry, tensor: int, largest: int, shares: int = 0) -> tuple[in
     return tuple(found)
 
 
-def columns(piece: Sequence[int], numbers: Tensor) -> Tensor:
-    """Returns which numbers of the entry the ``numbers`` of a piece, counted from its first, are."""
-    _, _, _, first, block, held, _ = piece
-    groups = torch.tensor([held >> 16 * i & 0xFFFF for i in range(-(-block // GROUP))], device=numbers.device)
-    return groups[(first % GROUP + numbers) // GROUP] * GROUP + (first % GROUP + numbers) % GROUP
+def columns(piece: Sequence[int]) -> list[slice]:
+    """Returns which numbers of the entry a piece holds, in its order."""
+    _, _, count, first, block, held, _ = piece
+    found, left, at = [], min(block, count - first), first % GROUP
+    while left:
+        size, start = min(GROUP - at, left), (held & 0xFFFF) * GROUP + at
+        found.append(slice(start, start + size))
+        left, at, held = left - size, 0, held >> 16
+    return found
 
 
 def order(block: int, device: torch.device) -> Tensor:
@@ -149,8 +153,8 @@ class Plan:
             up = self.up.mT  # [G or 1, 2, r, d/2]
             blocks = []
             for i in range(0, len(key_pieces), 7):
-                _, bits, count, first, block, *_ = piece = key_pieces[i : i + 7]
-                part = up[:, :, columns(piece, torch.arange(min(block, count - first), device=up.device))]
+                _, bits, _, _, block, *_ = piece = key_pieces[i : i + 7]
+                part = torch.cat([up[:, :, numbers] for numbers in columns(piece)], dim=2)
                 part = F.pad(part, (0, half - part.shape[-1], 0, block - part.shape[-2]))
                 blocks.append(part if bits == 16 else part[:, :, order(block, part.device)])
             most = torch.finfo(dtype).max
