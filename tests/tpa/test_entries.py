@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import small_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpa_train.errors import UserError
 from tpa_train.tpa.entries import Entry, check_widths, describe_bits, mean_bits
@@ -74,6 +75,28 @@ def test_widths_that_alternate_are_stored_under_autocast_as_without(dtype):
         back = entry.unpack(stored, dtype)
     assert all(torch.equal(a, b) for a, b in zip(stored, entry.pack(x), strict=True))
     assert torch.equal(back, rounded) and torch.equal(back, entry.rounded(x))
+
+
+class _Operations(TorchDispatchMode):
+    """Records the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+def test_packing_and_unpacking_copy_nothing_from_the_host():
+    """CUDA graphs record them: an index or a constant that is made on the host could not be."""
+    entry = Entry(2, 250, (8, 4, 16, 4, 6, 8, 3, 6))
+    x, levels = _numbers(entry), entry.levels()
+    with _Operations() as seen:
+        entry.unpack(entry.pack(x, levels), x.dtype)
+    assert "aten::cat" in seen.names
+    assert not {"aten::index.Tensor", "aten::lift_fresh", "aten::index_select"} & set(seen.names)
 
 
 @settings(max_examples=60, deadline=None)

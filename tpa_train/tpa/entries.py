@@ -88,8 +88,8 @@ class Run(NamedTuple):
         return slice(self.start // GROUP, -(-(self.start + self.count) // GROUP))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+def _joined(parts: list[Tensor], dim: int = -1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,10 @@ class Entry:
                 stored.append(_joined([x[..., run.numbers] for run in runs]))
             else:
                 stored.append(pack_codes(_joined([codes[..., run.numbers] for run in runs]), segment.bits))
-                # Chosen, not joined: autocast on a CPU cannot join float16.
-                one = len(runs) == 1
-                stored.append(scales[..., runs[0].groups if one else list(segment.groups), :])
+                # As int32: autocast on a CPU cannot join float16. Sliced: an index would be copied to the device, which
+                # a recorded step cannot do.
+                pairs = scales.view(torch.int32)
+                stored.append(_joined([pairs[..., run.groups, :] for run in runs], dim=-2).view(scales.dtype))
         return tuple(stored)
 
     def unpack(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
