@@ -40,6 +40,7 @@ from tpa_train.tpa.spec import LayerSpec
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32",
+    torch.int16: "*i16",
 }  # fmt: skip
 CONTEXT = 4096
 WAITS = ("griddepcontrol.wait", "grid_dependency_wait")  # in Triton up to 3.6, and in newer ones
@@ -50,6 +51,7 @@ CASES = {
     "dense-4b": ("4b", 5, None),
     "dense-4b-ring": ("4b", 0, None),
     "dense-270m-4bit": ("270m", 5, S("dense", 256, "dense", 256, 4)),
+    "dense-270m-mixed": ("270m", 5, S("dense", 256, "latent", 256, (3, 4, 4, 6, 3, 4, 4, 6), (3, 4, 4, 4, 3, 3, 3, 2))),
     "latent-270m-128": ("270m", 5, S("latent", 128, "latent", 128)),
     "latent-270m-128-4bit": ("270m", 5, S("latent", 128, "latent", 128, 4)),
     "latent-270m-96-4bit": ("270m", 5, S("latent", 96, "latent", 96, 4)),
@@ -68,6 +70,9 @@ CASES = {
     "joint-270m-128-4bit-norms": ("270m", 5, S("joint", 128, "joint", 128, 4, cached_norm=True)),
     "joint-270m-192-4bit-norms": ("270m", 5, S("joint", 192, "joint", 192, 4, cached_norm=True)),
     "joint-270m-mixed-norms": ("270m", 5, S("joint", 160, "joint", 160, (8, 4, 4, 3, 2), cached_norm=True)),
+    "joint-270m-352-mixed-norms": (
+        "270m", 5, S("joint", 352, "joint", 352, (8, 6, 6, 4, 4, 3, 3, 3, 3, 2, 2), cached_norm=True)
+    ),
     "joint-270m-96-mixed-norms": ("270m", 5, S("joint", 96, "joint", 96, (8, 6, 4), cached_norm=True)),
     "latent-270m-64": ("270m", 5, S("latent", 64, "latent", 64)),
     "latent-270m-64-ring": ("270m", 0, S("latent", 64, "latent", 64)),
@@ -131,7 +136,8 @@ def compile_launch(launch: Launch) -> dict:
         else:
             signature[name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, hints)
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
+    named = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    options = {name: launch.options[name] for name in named if name in launch.options}
     start = time.perf_counter()
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]

@@ -71,8 +71,8 @@ def test_half_precision_in_a_ring(form):
     assert error < 1.5 * reference < 2e-2
 
 
-# Of two KV heads of 128 numbers: of one width, read in units of two bytes and of one, and unpacked; widths that
-# alternate; latents, rebuilt or absorbed.
+# Of two KV heads of 128 numbers: of one width, read in units of two bytes, of one, and of parts of one; widths that
+# alternate; a group of each; latents, rebuilt or absorbed.
 CODES = {
     "8": ("dense", 128, "dense", 128, 8),
     "4": ("dense", 128, "latent", 96, 4),
@@ -80,6 +80,7 @@ CODES = {
     "6": ("dense", 128, "dense", 128, 6),
     "3": ("dense", 128, "dense", 128, 3),
     "mixed": ("dense", 128, "latent", 120, (2, 8, 2, 8), (4, 8, 4, 16)),
+    "one of each": ("dense", 128, "latent", 128, 8, (3, 2, 6, 4)),
     "beside 16": ("dense", 128, "dense", 128, 16, 4),
     "under 16": ("dense", 128, "dense", 128, 4, 16),
     "latent": ("latent", 64, "latent", 128, 4),
@@ -103,7 +104,8 @@ def test_codes_are_multiplied_as_they_are_cached(form, heads):
     shares = 16 // (4 if heads == 6 else 1)
     pieces_of = last.options["VALUE_PIECES"]
     units = [unit_of(pieces_of, i, last.options["VALUE_TYPE"], shares) for i in range(len(pieces_of) // 7)]
-    read = {"8": [2], "4": [4], "2": [4], "6": [4], "3": [0], "mixed": [2, 1, 0, 0], "beside 16": [4]}
+    read = {"8": [2], "4": [4], "2": [4], "6": [4], "3": [4], "mixed": [2, 1, 0, 0], "beside 16": [4]}
+    read["one of each"] = [1, 1, 1, 1]
     assert units == read.get(form, units) and (form not in ("latent", "joint") or any(units))
 
 
@@ -181,6 +183,17 @@ def test_fast_pairs_are_rebuilt_where_positions_are_not_scaled():
     args = (attention.to(DEVICE, F32), queries.to(DEVICE), moved(cached, DEVICE))
     rebuilt = attend_triton(*args, dataclasses.replace(tiles, absorbed=False))
     torch.testing.assert_close(attend_triton(*args, tiles), rebuilt, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pieces_of_wide_latents_go_into_all_products_at_once():
+    """Of packed ones, by default; what is left over is rebuilt."""
+    spec = LayerSpec("joint", 224, "joint", 224, (8, 4, 3, 4, 2, 6, 4), cached_norm=True)
+    attention = layer(1, spec, head_dim=256, num_heads=4, rope_theta=1e6, rope_scaling_factor=1.0)
+    tiles = default_tiles(plan_of(attention, BF16, torch.device("cpu")), BF16, 10 * FEW)
+    assert tiles.absorbed and tiles.fast == 32 and tiles.stages == 2
+    error, reference = _errors(attention, [70, 33], 80, BF16, tiles=tiles, splits=1)
+    assert error < 1.5 * reference < 3e-2
 
 
 @torch.no_grad()
@@ -406,11 +419,11 @@ def test_kernels_compile_for_an_h100():
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     cases = ["contextual-4b-1", "latent-270m-64-ring", "latent-4b-64", "latent-270m-96-4bit", "joint-270m-128-norms"]
     chained = ["latent-4b-64:dependent=1", "joint-270m-128-norms:dependent=1"]
-    command = [sys.executable, str(script), *cases, *chained, "dense-270m-4bit"]
+    command = [sys.executable, str(script), *cases, *chained, "dense-270m-4bit", "dense-270m-mixed"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     absorbing = ["lay_out_queries", "absorb", "attend_absorbed"]
-    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing, *2 * [*absorbing, "combine"], "attend_packed"]
+    expected = ["attend_direct", "attend_rebuilt", *3 * absorbing, *2 * [*absorbing, "combine"], *2 * ["attend_packed"]]
     assert [f["kernel"] for f in found] == expected
     for f in found:
         small = f["kernel"] in ("lay_out_queries", "combine")
@@ -423,8 +436,8 @@ def test_kernels_compile_for_an_h100():
         else:
             assert "lengths" in f["early"]
             assert not {"both", "along", "turned", "w", "bias", "partial", "lse"} & set(f["early"])
-    # Codes go from memory into the products; weights alone change hands, [16, 64].
-    assert found[-1]["staged"] == 16 * 64
+    # Codes go from memory into the products, those of less than a byte too; weights alone change hands, [16, 64].
+    assert [f["staged"] for f in found[-2:]] == [16 * 64] * 2
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

@@ -17,13 +17,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.chain import await_previous, begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, exponentials, part_of
 from tpa_train.tpa.decode.rebuilt import latent, norms
 from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, zeros
 from tpa_train.tpa.decode.values import add_values, head_of, leave, no_values, spread
 
-WIDE = tl.constexpr(192)  # numbers of a latent
+# Numbers of a latent: a wider one's pieces go into all products as soon as they are read, rather than be kept for the
+# next, and are read once more as values.
+WIDE = tl.constexpr(plan.TOGETHER)
 
 
 @triton.jit
@@ -188,6 +191,7 @@ def attend_absorbed(
     at_basis = basis + tl.arange(0, T)[:, None] * J + tl.arange(0, J)[None, :]
     COUNT: tl.constexpr = len(KEY_PIECES) // 7
     JOINT: tl.constexpr = KEY_PIECES[0] == VALUE_PIECES[0]
+    TOGETHER: tl.constexpr = FAST > 0 and R > WIDE
     SHARES: tl.constexpr = BH // RH
     ups = ()
     if FAST > 0:
@@ -226,6 +230,7 @@ def attend_absorbed(
         if not CENTERED:
             ahead = tl.load(at_bias + tl.minimum((tile + T) // S, spans - 1) * J)
         x = zeros(T, RH * J)
+        keys = zeros(T, 2 * FAST) if FAST > 0 else 0.0
         cs = ()
         for i in tl.static_range(COUNT):
             c = latent(
@@ -237,7 +242,10 @@ def attend_absorbed(
                 x = dot(c, tl.load(at_own, mask=k[:, None] // R == owner[None, :], other=0.0), x, KEY_TYPE)
             else:
                 x = dot(c, tl.load(at_w + k[:, None] + span * (J * R)), x, KEY_TYPE)
-            cs = cs + (c,)
+            if TOGETHER:
+                keys = dot(c, ups[i], keys, KEY_TYPE)
+            else:
+                cs = cs + (c,)
         if not CENTERED:
             x += shift[None, :]
             shift = ahead
@@ -245,11 +253,10 @@ def attend_absorbed(
         x = tl.reshape(x, (T, J // 2, RH, 2)) * tl.reshape(phi, (T, J // 2, 1, 2))
         s = tl.sum(tl.sum(x, 3), 1)
         if FAST > 0:
-            keys = zeros(T, 2 * FAST)
+            for i in tl.static_range(0 if TOGETHER else COUNT):
+                keys = dot(cs[i], ups[i], keys, KEY_TYPE)
             if not CENTERED:
                 keys += origin
-            for i in tl.static_range(COUNT):
-                keys = dot(cs[i], ups[i], keys, KEY_TYPE)
             if not KEPT:  # not loaded before the loop: see ``rebuilt``
                 angles = tl.load(at_table + tl.multiple_of((tile - begin) % T, 4))
             k1, k2 = tl.split(tl.reshape(keys, (T, FAST, 2)))
@@ -262,7 +269,6 @@ def attend_absorbed(
             s *= factor[:, None]
         p, m, alpha = exponentials(s * scale, valid, m)
         totals = totals * alpha[None, :] + p
-        # Wide joint latents are read twice, as in ``rebuilt``: kept for the values, they would fill the registers.
         again = sequence + tl.multiple_of((tile - begin) % T, 16) if JOINT and R > WIDE else sequence
         accs = add_values(
             accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, again, slot, valid,

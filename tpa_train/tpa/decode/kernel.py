@@ -100,7 +100,7 @@ def attend_direct(
         q, out: [B, H, d], [B, H, E].
         lengths, rows: as in ``CachedTokens``; without HAS_ROWS ``rows`` is not read.
         stored: the layer's buffers, scales as int32 [rows, slots, ..., groups] (a pair of float16 each).
-        key_weights, value_weights: float32 [rows, G], read in mode CONSTANT.
+        key_weights, value_weights: float32 [rows, G], read in mode CONSTANT; see ``values``.
     ``pitch``: tokens from one row of the buffers to the next. ``scale``: of scores, log2(e) included. NORM: tensor of
     the scores' [1, G] factors of a token, −1 without. DEPENDENT: see ``chain``.
     """

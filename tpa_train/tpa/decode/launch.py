@@ -24,6 +24,7 @@ from tpa_train.tpa.decode.plan import (
     LEAST,
     LONGEST,
     OWN,
+    TOGETHER,
     AbsorbedKeys,
     Plan,
     Rows,
@@ -168,7 +169,8 @@ def prepare(
         options["maxnreg"] = tiles.registers
     arguments = (
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
-        nothing if keys.weights is None else keys.weights, nothing if values.weights is None else values.weights,
+        nothing if keys.weights is None else keys.weights,
+        plan.places if shares else nothing if values.weights is None else values.weights,
     )  # fmt: skip
     rounded = not (keys.entry.exact and values.entry.exact)
     if rounded and tiles.tokens < 32 and dtype != torch.float32:
@@ -179,8 +181,9 @@ def prepare(
         up = plan.lay_out(pieces(plan.keys.entry, keys.first, tiles.largest), half, key_type)
         launches, vectors, shape = _absorb(plan, found, queries, cached, up, tiles)
         options = {k: v for k, v in options.items() if k not in ("d", "RING")} | shape
-        # A table of more pairs fills the registers, and so does one beside what unpacking needs.
-        kept = found.fast <= 32 and (tiles.registers is None or not rounded)
+        # A table of more pairs fills the registers, and so does one beside what unpacking needs, of a wide latent above
+        # all.
+        kept = found.fast <= 32 and not (rounded and (tiles.registers is not None or plan.up.shape[-1] > TOGETHER))
         options |= {"JOINED": joined, "RH": joined * plan.heads, "KEPT": kept}
         steps = _steps(cached, found.span), _steps(cached, tiles.tokens)
         arguments = (*arguments[1:], *vectors, cached.slots, pitch, splits, scale, *steps)
@@ -198,7 +201,7 @@ def prepare(
         names = ("KEY_MODE", "KEY_TENSOR", "NORM", "VALUE_MODE", "VALUE_TENSOR")
         options = {k: v for k, v in options.items() if k not in names} | {"RH": own}
         options["KEY_PIECES"] = pieces(keys.entry, keys.first, min(tiles.largest, GROUP * (rows // own)))
-        arguments, attend = (*arguments[:7], cached.slots, pitch, splits, scale), packed.attend_packed
+        arguments, attend = (*arguments[:7], arguments[8], cached.slots, pitch, splits, scale), packed.attend_packed
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct
@@ -221,7 +224,8 @@ def _chained(launches: list[Launch], overlap: bool) -> list[Launch]:
     found = []
     for number, item in enumerate(launches):
         early = {"launch_pdl": True} if overlap and number else {}
-        found.append(replace(item, options=item.options | {"DEPENDENT": overlap} | early))
+        fused = {"enable_fp_fusion": True}  # said, since the default is another in Triton 3.10
+        found.append(replace(item, options=item.options | {"DEPENDENT": overlap} | fused | early))
     return found
 
 

@@ -73,7 +73,7 @@ def _add_scores(
 
 @triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_packed(
-    q, out, partial, lse, lengths, rows, stored, slots, pitch, splits, scale,
+    q, out, partial, lse, lengths, rows, stored, places, slots, pitch, splits, scale,
     d: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, RH: tl.constexpr,
     KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_PIECES: tl.constexpr,
     HAS_ROWS: tl.constexpr, RING: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BH: tl.constexpr,
@@ -116,7 +116,7 @@ def attend_packed(
         totals = totals * alpha[None, :] + p
         accs = add_values(
             accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, sequence, slot, valid,
-            n, row, lse, 0, VALUE_ROWS, GROUPS, -1, VALUE_PIECES, False, VALUE_TYPE, SHARES,
+            n, row, places, 0, VALUE_ROWS, GROUPS, -1, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
     m = tl.reshape(spread(m[None, :], BH, RH), (BH,))
     total = tl.reshape(spread(tl.sum(totals, 0)[None, :], BH, RH), (BH,))

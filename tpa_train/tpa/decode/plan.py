@@ -16,13 +16,14 @@ from tpa_train.gemma3.config import Gemma3Config, LayerKind
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.decode.turning import SPANS, Turning, turning
 from tpa_train.tpa.entries import Entry
-from tpa_train.tpa.quantization import GROUP, planes, whole_words
+from tpa_train.tpa.quantization import GROUP, whole_words
 
 OWN, ONE_HOT, CACHED, CONSTANT = 0, 1, 2, 3  # of ``values.weighted``
 UNROLLED = 4  # of ``values``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
 WIDE = 128  # numbers of a piece of values whose codes are multiplied as they are
+TOGETHER = 192  # numbers of a latent, see ``absorbed``
 WIDEST = 1024  # numbers of a latent that U can be absorbed for: sums of wider values do not fit in a program
 
 
@@ -50,16 +51,14 @@ def pieces(entry: Entry, tensor: int, largest: int, shares: int = 0) -> tuple[in
     """Returns ``unpacking``'s PIECES of ``entry``, whose first tensor is the layer's ``tensor``-th.
 
     ``largest``: numbers that are unpacked at a time, a power of two, at least 32. ``shares``: as in ``values``, where
-    codes are multiplied as they are: in blocks of WIDE numbers, or whose units are bytes at least, filled or not.
+    codes are multiplied as they are, in blocks of up to WIDE numbers.
     """
     found: list[int] = []
     padded = 0
     for bits, count, groups in entry.segments:
         blocks = _blocks(count, largest, LEAST if bits == 16 else GROUP)
-        # Columns of a product times codes that are a byte of every plane; of 3 bits that is too many.
-        room, least = min(WIDE, GROUP * shares), 8 * GROUP // min(planes(bits))
-        if bits < 16 and least <= room and whole_words(count, bits):
-            blocks = _blocks(count, room, least, whole=True)
+        if bits < 16 and shares and whole_words(count, bits):
+            blocks = _blocks(count, min(WIDE, GROUP * shares), GROUP, whole=True)
         for first, block in blocks:
             held = groups[first // GROUP : -(-(first + block) // GROUP)]
             found += [tensor, bits, count, first, block, sum(g << 16 * i for i, g in enumerate(held)), padded]
@@ -116,6 +115,7 @@ class Plan:
     values: Rows
     per_program: int  # KV heads
     norm: int = -1  # tensor of the norms that scores take, −1 where there is none
+    places: Tensor | None = None  # 0 … 31, as ``values`` takes them
     expand: Tensor | None = None  # U_v [G, d, r] of a joint latent, for the result
     rebuilt: bool = False
     up: Tensor | None = None  # [G or 1, 2, d/2, r], float32, as ``lay_out`` takes it
@@ -273,6 +273,7 @@ def _build(attention: Attention, dtype: torch.dtype, device: torch.device) -> Pl
     key_entries = list(zip(attention.entries[:count], firsts[:count], strict=True))
     value_entries = list(zip(attention.entries[count:], firsts[count:], strict=True))
     plan = Plan(_rows(attention.keys, spec.form_k, key_entries), Rows(*key_entries[0]), 1)
+    plan.places = torch.arange(GROUP, dtype=torch.int16, device=device)
     if len(key_entries) > 1 and spec.form_k != "contextual":
         plan.norm = key_entries[1][1]
     if spec.form_k in ("latent", "constant_b", "joint", "tucker"):

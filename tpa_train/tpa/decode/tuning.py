@@ -14,11 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, UNROLLED, Plan, power_of_two
+from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, TOGETHER, UNROLLED, Plan, pieces, power_of_two
 from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
 from tpa_train.tpa.decode.turning import MOST
 from tpa_train.tpa.entries import Entry
+from tpa_train.tpa.quantization import GROUP
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
@@ -29,7 +30,11 @@ PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take regi
 # joint latent has more beside it
 FULL, JOINT_FULL = (51, 74), (45, 58)
 ROWS = 72, 108  # KiB that each of three and of two programs of packed rows may take
+# Numbers of a block of packed rows; 32 numbers of values, pieces of keys, and 64 numbers of the largest of these, all
+# together, up to which a thread does with 168 registers.
+LARGEST, CROWDED = 128, 13
 FEWER = 128  # numbers of a packed latent for which a thread does with 128 registers, and with 168 for twice as many
+WIDEST = 512  # numbers of a packed latent whose values' sums fit in registers
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
 SHORT = 65_536  # tokens of a launch up to which contextual forms are cut into one part a processor
@@ -69,7 +74,11 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
                 return Tiles(programs=4, stages=2 if rank <= WIDE else 1)
             if not exact:
                 packed, joint = plan.absorb(tiles.tokens, fast=PACKED), plan.expand is not None
-                if packed is None:  # of wide latents all pairs, rather than more of them than fit beside unpacking
+                if packed is None or rank > TOGETHER:
+                    packed = plan.absorb(tiles.tokens, True, PACKED) if rank <= WIDEST else None
+                    if packed is not None and plan.heads * packed.terms <= MOST:
+                        return Tiles(largest=64, fast=PACKED, absorbed=True)
+                    # All pairs, rather than more of them than fit beside unpacking.
                     return Tiles(stages=1, largest=64, columns=128, absorbed=False)
                 return _packed_tiles(rank, plan.heads * packed.terms, token // 2 if joint else token, joint)
             # The rotation fills registers: of three programs where latents are small, of two otherwise.
@@ -110,7 +119,9 @@ def _packed_rows(plan: Plan) -> Tiles:
     # Two tiles of what is cached are in shared memory, and the queries.
     size = 2 * Tiles.tokens * (_loaded(plan.keys.entry) + _loaded(plan.values.entry))
     size += 2 * LEAST * plan.keys.entry.count
-    if size <= ROWS[0] << 10:
+    keys = pieces(plan.keys.entry, 0, LARGEST)[4::7]
+    values = pieces(plan.values.entry, 0, LARGEST, LARGEST // GROUP)[4::7]
+    if size <= ROWS[0] << 10 and sum(values) // 32 + len(keys) + max(keys) // 64 <= CROWDED:
         return Tiles(stages=3, programs=3, registers=168)
     return Tiles(stages=3) if size <= ROWS[1] << 10 else Tiles()
 

@@ -41,13 +41,12 @@ TINY = tl.constexpr(2.0**24)  # codes are the last bits of float16 numbers, with
 def unit_of(PIECES, i, TYPE, SHARES):
     """Returns how many neighbouring codes of the i-th piece are read as one unit; 0 where it is unpacked instead.
 
-    A unit has 8 or 16 bits of every plane, and a code of every part in which the piece is multiplied.
+    A unit has up to 16 bits of every plane, and a code of every part in which the piece is multiplied.
     """
     bits, count, block = PIECES[7 * i + 1], PIECES[7 * i + 2], PIECES[7 * i + 4]
     if bits == 16 or TYPE != tl.float16 or not in_words(bits, count) or block // 32 > SHARES:
         return 0
-    codes = min(block // COLUMNS, 16 // max(planes_of(bits)))
-    return codes if codes * min(planes_of(bits)) >= 8 else 0
+    return min(block // COLUMNS, 16 // max(planes_of(bits)))
 
 
 @triton.constexpr_function
@@ -101,6 +100,23 @@ def _codes_of(units, BITS: tl.constexpr, j: tl.constexpr):
         )
     else:
         x = tl.inline_asm_elementwise(_masking(BITS, j), "=r,r", [units[0]], dtype=tl.float16, is_pure=True, pack=2)
+    return x
+
+
+@triton.constexpr_function
+def _shifting(SIZE):
+    """Returns assembly that moves units of SIZE bits to the ends of two int16, whose places are the same. What is
+    moved from one to the other lies above its unit."""
+    return f"{{.reg .b32 a; mul.lo.u32 a, $2, {SIZE}; and.b32 a, a, 7; shr.b32 $0, $1, a;}}"
+
+
+@triton.jit
+def _shifted(x, places, SIZE: tl.constexpr):
+    """Bytes, int16, shifted so that those of ``places`` among units of SIZE bits are their last bits."""
+    if INTERPRETED:
+        x = x >> places * SIZE % 8
+    else:
+        x = tl.inline_asm_elementwise(_shifting(SIZE), "=r,r,r", [x, places], dtype=tl.int16, is_pure=True, pack=2)
     return x
 
 
@@ -158,7 +174,7 @@ def scales_of(
 @triton.jit
 def _units(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, BITS: tl.constexpr,
-    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, places,
 ):  # fmt: skip
     """The units of every plane of a piece, each a right operand [T, BLOCK / UNIT], int16.
 
@@ -168,7 +184,7 @@ def _units(
     found = ()
     for k in tl.static_range(2 if plane_of(BITS, 1) > 0 else 1):
         found = found + (
-            _plane_units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT, k),
+            _plane_units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT, k, places),
         )  # fmt: skip
     return found
 
@@ -176,16 +192,27 @@ def _units(
 @triton.jit
 def _plane_units(
     stored, sequence, slot, valid, row, ROWS: tl.constexpr, TENSOR: tl.constexpr, BITS: tl.constexpr,
-    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, k: tl.constexpr,
+    COUNT: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, k: tl.constexpr, places,
 ):  # fmt: skip
-    SIZE: tl.constexpr = UNIT * plane_of(BITS, k) // 8  # bytes
-    KIND: tl.constexpr = tl.int16 if SIZE == 2 else tl.uint8
-    pitch: tl.constexpr = start_of(BITS, COUNT, 2) // SIZE
+    SIZE: tl.constexpr = UNIT * plane_of(BITS, k)  # bits
+    KIND: tl.constexpr = tl.int16 if SIZE == 16 else tl.uint8
+    BYTES: tl.constexpr = 2 if SIZE == 16 else 1
+    pitch: tl.constexpr = start_of(BITS, COUNT, 2) // BYTES
     base = stored[TENSOR].to(tl.pointer_type(KIND), bitcast=True) + sequence * (ROWS * pitch) + row * pitch
-    return load_words(
-        base, slot * (ROWS * pitch), valid, start_of(BITS, COUNT, k) // SIZE + START // UNIT, 1, BLOCK // UNIT,
-        start_of(BITS, COUNT, k + 1) // SIZE, tl.int16,
-    )  # fmt: skip
+    at = slot * (ROWS * pitch)
+    FIRST: tl.constexpr = start_of(BITS, COUNT, k) // BYTES + START * plane_of(BITS, k) // (8 * BYTES)
+    END: tl.constexpr = start_of(BITS, COUNT, k + 1) // BYTES
+    if SIZE >= 8:
+        x = load_words(base, at, valid, FIRST, 1, BLOCK // UNIT, END, tl.int16)
+    else:  # several in a byte
+        EACH: tl.constexpr = 8 // SIZE
+        x = load_words(base, at, valid, FIRST, 1, BLOCK // UNIT // EACH, END, tl.int16)
+        x = tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], EACH))
+        x = tl.reshape(x, (x.shape[0], BLOCK // UNIT))
+        # Only what is loaded in the loop can be where products want it at once; this load is then taken out of it.
+        place = tl.load(places + tl.arange(0, BLOCK // UNIT))[None, :]
+        x = _shifted(x, tl.broadcast_to(place, (x.shape[0], x.shape[1])), SIZE)
+    return x
 
 
 @triton.jit
@@ -216,21 +243,28 @@ def weighted(
 
 
 @triton.jit
+def _paired(x):
+    """[T, BH] to [T / 2, BH]: sums of two rows of every sixteen, which one thread has of a product's result."""
+    x = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1]))
+    return tl.reshape(tl.sum(x, 1), (x.shape[0] * 8, x.shape[3]))
+
+
+@triton.jit
 def no_values(PIECES: tl.constexpr, T: tl.constexpr, BH: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr):
-    """Accumulators: [BH, BLOCK / parts] for every part of every piece and, after those of codes, [T, BH] of lows."""
+    """Accumulators: [BH, BLOCK / parts] for every part of every piece; after those of codes, ``_paired``, of lows."""
     accs = ()
     for i in tl.static_range(len(PIECES) // 7):
         for _ in tl.static_range(parts_of(PIECES, i, TYPE, SHARES)):
             accs = accs + (zeros(BH, PIECES[7 * i + 4] // parts_of(PIECES, i, TYPE, SHARES)),)
         if unit_of(PIECES, i, TYPE, SHARES) > 0:
-            accs = accs + (zeros(T, BH),)
+            accs = accs + (zeros(T // 2, BH),)
     return accs
 
 
 @triton.jit
 def _add_piece(
-    accs, weights, stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr, i: tl.constexpr,
-    WEIGHTED: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
+    accs, weights, stored, sequence, slot, valid, row, places, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    i: tl.constexpr, WEIGHTED: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Returns the accumulators of the i-th piece with Σ_s weights[s, h] · row(s) added to those among ``accs``."""
     UNIT: tl.constexpr = unit_of(PIECES, i, TYPE, SHARES)
@@ -248,24 +282,24 @@ def _add_piece(
         BH: tl.constexpr = weights.shape[1]
         scale, low = scales_of(stored, sequence, slot, valid, row, ROWS, TENSOR, COUNT, START, BLOCK)
         left = tl.trans(bounded(weights * spread_groups(scale * boost_of(BITS), BH, BH // SHARES), TYPE))
-        x = _units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT)
+        x = _units(stored, sequence, slot, valid, row, ROWS, TENSOR, BITS, COUNT, START, BLOCK, UNIT, places)
         new = ()
         for j in tl.static_range(UNIT):
             new = new + (dot(left, _codes_of(x, BITS, j), accs[FIRST + j], TYPE),)
-        new = new + (accs[FIRST + UNIT] + weights * spread_groups(low, BH, BH // SHARES),)
+        new = new + (accs[FIRST + UNIT] + _paired(weights * spread_groups(low, BH, BH // SHARES)),)
     return new
 
 
 @triton.jit
 def _add_row(
-    accs, weights, stored, sequence, slot, valid, row, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    accs, weights, stored, sequence, slot, valid, row, places, ROWS: tl.constexpr, PIECES: tl.constexpr,
     WEIGHTED: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Adds Σ_s weights[s, h] · row(s)."""
     new = ()
     for i in tl.static_range(len(PIECES) // 7):
         new = new + _add_piece(
-            accs, weights, stored, sequence, slot, valid, row, ROWS, PIECES, i, WEIGHTED, TYPE, SHARES
+            accs, weights, stored, sequence, slot, valid, row, places, ROWS, PIECES, i, WEIGHTED, TYPE, SHARES
         )  # fmt: skip
     return new
 
@@ -276,7 +310,10 @@ def add_values(
     MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
     WHOLE: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH]."""
+    """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH].
+
+    ``constants``: as ``weighted`` takes them or, of rows of their own whose codes are multiplied, int16 0 … 31.
+    """
     new = ()
     for i in tl.static_range(len(PIECES) // 7):
         for j in tl.static_range(parts_of(PIECES, i, TYPE, SHARES)):
@@ -284,15 +321,15 @@ def add_values(
         if unit_of(PIECES, i, TYPE, SHARES) > 0:
             new = new + (accs[first_of(PIECES, i + 1, TYPE, SHARES) - 1] * alpha[None, :],)
     if MODE == 0:
-        new = _add_row(new, p, stored, sequence, slot, valid, row, ROWS, PIECES, False, TYPE, SHARES)
+        new = _add_row(new, p, stored, sequence, slot, valid, row, constants, ROWS, PIECES, False, TYPE, SHARES)
     elif ROWS <= UNROLLED:
         for j in tl.static_range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, constants, ROWS, PIECES, MODE != 1, TYPE, SHARES)
     else:
         for j in range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, constants, ROWS, PIECES, MODE != 1, TYPE, SHARES)
     return new
 
 
