@@ -31,7 +31,10 @@ def test_a_gathered_step_launches_nothing_and_names_what_it_would(monkeypatch):
         out = attend_triton(*args, SMALL, 2)
         assert not ran and out.shape == queries.shape[:2] + (out.shape[-1],)
     names = [item.kernel for item in found]
-    assert len(names) >= 2
+    assert len(names) >= 2 and not any(isinstance(x, torch.Tensor) for item in found for x in item.arguments)
+    assert all(isinstance(x, precompile.Address) for item in found for x in item.arguments[0:2])
+    *_, last = launch.prepare(args[0], launch.plan_of(args[0], F32, args[1].device), *args[1:], SMALL, 2)[1]
+    assert precompile.identity(last, CPU) == precompile.identity(found[-1], CPU)
     attend_triton(*args, SMALL, 2)
     assert ran == names  # the same kernels, once nobody gathers
 

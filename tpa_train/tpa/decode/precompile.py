@@ -5,7 +5,8 @@ for 4 to 10 seconds when it is first launched: one after another, minutes for a 
 LLVM and ptxas, outside of Python's lock, so that threads divide it. What was compiled stays in Triton's cache on disk.
 
 So a step is run once without its attention kernels, which are gathered instead (what attention gives is then not
-filled), compiled, and the step that counts follows.
+filled), compiled, and the step that counts follows. Of tensors nothing is gathered but types and addresses: held for all
+layers at once, what a step's kernels write for each other would take many times what a step does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +39,17 @@ class Compilable(Protocol):
     options: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Address:
+    """What a kernel is compiled for of a tensor."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 @contextmanager
 def gathering() -> Iterator[list[Compilable]]:
     """Inside the context this thread's launches are gathered in the list that it gives, and do not run."""
@@ -57,8 +70,15 @@ def gather(launches: Sequence[Compilable]) -> bool:
     """Takes ``launches`` where they are gathered; returns whether they are."""
     found = _gathered.get()
     if found is not None:
-        found += launches
+        found += [replace(item, arguments=_without_memory(item.arguments)) for item in launches]
     return found is not None
+
+
+def _without_memory(value: Any) -> Any:
+    """Returns an argument with addresses instead of tensors, or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_without_memory(v) for v in value)
+    return Address(value.dtype, value.data_ptr()) if isinstance(value, Tensor) else value
 
 
 def compile_step(step: Callable[[], object], device: torch.device) -> None:
@@ -109,7 +129,7 @@ def identity(item: Compilable, device: torch.device) -> str:
     def kind(value: Any) -> Any:
         if isinstance(value, tuple):
             return [kind(v) for v in value]
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Address):
             return str(value.dtype), value.data_ptr() % 16 == 0
         return type(value).__name__
 
