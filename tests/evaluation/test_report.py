@@ -173,3 +173,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         write_text(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_caches_that_are_slow_to_read_are_said_to_be():
+    joint = [row | {"form_k": "joint", "form_v": "joint"} for row in _layers(bits=4)]
+    exact = [row | {"bits": 16} for row in joint]
+    for layers, told in ((joint, True), (_layers(bits=4), False), (exact, False)):
+        for text in (render_markdown(_report(layers=layers)), model_card(_report(layers=layers))):
+            assert ("`budget=fast`" in text) == told
+    assert "`budget=fast`" not in model_card(_report(layers=joint), export_format="dense")

@@ -167,7 +167,7 @@ def render_markdown(report: Report, pictures: Mapping[str, str] | None = None) -
     if last is not None and last.name != "teacher":
         parts += ["## What was lost", "\n".join(f"- {line}" for line in what_was_lost(report.stages))]
     if report.layers:
-        parts += ["## Layers", layer_table(report.layers)]
+        parts += ["## Layers", layer_table(report.layers), _reading(report.layers)]
     if pictures:
         parts += ["## Plots", *(f"### {title}\n\n![{title}]({path})" for title, path in pictures.items())]
     if report.samples:
@@ -234,6 +234,16 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
             ]
         )  # fmt: skip
     return table(["layer", "kind", "K: form, rank", "V: form, rank", "bits", "bytes a token"], rows)
+
+
+def _reading(layers: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence where what global layers cache is small but slow to read, else nothing."""
+    if not any(row["kind"] == "global" and row["form_k"] == "joint" and row["bits"] != 16 for row in layers):
+        return ""
+    return (
+        "Decoding long contexts on a GPU is slower with this cache than with the original's, since keys are rebuilt from "
+        "its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster to read."
+    )
 
 
 def _making(stages: Sequence[StageResult]) -> str:
@@ -352,6 +362,7 @@ def model_card(
         )
     limits.append("Whatever Gemma 3 may get wrong (facts, bias), this model may get wrong too, and it was not "
                   "evaluated for safety anew.")  # fmt: skip
+    limits += [line] if native and (line := _reading(report.layers)) else []
     parts += ["## Limits", "\n".join(f"- {line}" for line in limits)]
     if report.layers:
         parts += ["## Layers", layer_table(report.layers)]
