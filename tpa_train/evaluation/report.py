@@ -237,12 +237,12 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reading(layers: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence where what global layers cache is small but slow to read, else nothing."""
+    """One sentence where what global layers cache is slow to read, else nothing."""
     if not any(row["kind"] == "global" and row["form_k"] == "joint" and row["bits"] != 16 for row in layers):
         return ""
     return (
-        "Decoding long contexts on a GPU is slower with this cache than with the original's, since keys are rebuilt from "
-        "its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster to read."
+        "Decoding long contexts on a GPU is slower with this cache than with the original's, since keys are rebuilt "
+        "from its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster to read."
     )
 
 

@@ -5,8 +5,8 @@ for 4 to 10 seconds when it is first launched: one after another, minutes for a 
 LLVM and ptxas, outside of Python's lock, so that threads divide it. What was compiled stays in Triton's cache on disk.
 
 So a step is run once without its attention kernels, which are gathered instead (what attention gives is then not
-filled), compiled, and the step that counts follows. Of tensors nothing is gathered but types and addresses: held for all
-layers at once, what a step's kernels write for each other would take many times what a step does.
+filled), compiled, and the step that counts follows. Of tensors only types and addresses are gathered: held for all
+layers at once, what kernels write for each other would take many times what a step does.
 """
 
 from __future__ import annotations
