@@ -241,8 +241,8 @@ def _reading(layers: Sequence[Mapping[str, Any]]) -> str:
     if not any(row["kind"] == "global" and row["form_k"] == "joint" and row["bits"] != 16 for row in layers):
         return ""
     return (
-        "Decoding long contexts on a GPU is slower with this cache than with the original's, since keys are rebuilt "
-        "from its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster to read."
+        "On a GPU long contexts are decoded more slowly from this cache than from the original's, since keys are "
+        "rebuilt from its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster."
     )
 
 
