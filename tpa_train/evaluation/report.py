@@ -242,7 +242,7 @@ def _reading(layers: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         "On a GPU long contexts are decoded more slowly from this cache than from the original's, since keys are "
-        "rebuilt from its joint latents whenever they are read: it saves memory. `budget=fast` makes one that is faster."
+        "rebuilt from its joint latents whenever they are read: it saves memory. `budget=fast` makes a faster one."
     )
 
 
