@@ -95,6 +95,9 @@ CASES = {
     "tucker-4b-mixed": ("4b", 5, S("tucker", 64, "tucker", 64, heads_k=2, heads_v=2)),
     "tucker-4b": ("4b", 5, S("tucker", 128, "tucker", 128)),
     "dense-contextual-4b": ("4b", 5, S("dense", 256, "contextual", 1)),
+    "latent-contextual-4b-3bit": ("4b", 5, S("latent", 64, "contextual", 1, 8, 3)),
+    "tucker-4b-3bit": ("4b", 5, S("tucker", 64, "tucker", 96, 16, 3, heads_k=2, heads_v=1)),
+    "latent-1b-384-mixed": ("1b", 5, S("latent", 384, "latent", 384, 16, 8)),
     "latent-contextual-4b": ("4b", 5, S("latent", 64, "contextual", 1)),
 }
 
@@ -146,7 +149,7 @@ def compile_launch(launch: Launch) -> dict:
         "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
         "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
         "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "early": read_early(ttgir), "asm": compiled.asm,
-        "staged": largest_staged(ttgir),
+        "staged": largest_staged(ttgir), "apart": assembly_apart(ttgir),
     }  # fmt: skip
 
 
@@ -156,6 +159,13 @@ def largest_staged(ttgir: str) -> int:
     body, _, _ = loop.partition("scf.yield")
     moved = re.findall(r"(?:ttg\.local_alloc|ttg\.convert_layout) %\S+ : \(?tensor<([\dx]+)x[a-z]", body)
     return max((math.prod(map(int, shape.split("x"))) for shape in moved), default=0)
+
+
+def assembly_apart(ttgir: str) -> int:
+    """Returns how many operations of assembly on two int16 at once find them elsewhere than in a product's right
+    operand, where both are of one column: those of ``values`` rely on it."""
+    layouts = re.findall(r"elementwise_inline_asm.*packed_element = 2.*-> tensor<\d+x\d+x\w+, (.*?)> loc", ttgir)
+    return sum("opIdx = 1" not in layout for layout in layouts)
 
 
 def read_early(ttgir: str) -> list[str] | None:

@@ -152,8 +152,8 @@ def absorb(
 
 @triton.jit(do_not_specialize=("slots", "pitch", "splits", "spans", "tiles"))
 def attend_absorbed(
-    out, partial, lse, lengths, rows, stored, key_weights, value_weights, w, bias, basis, turned, up, offset, table,
-    slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
+    out, partial, lse, lengths, rows, stored, key_weights, value_weights, places, w, bias, basis, turned, up, offset,
+    table, slots, pitch, splits, scale, spans, tiles, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     J: tl.constexpr, RH: tl.constexpr, S: tl.constexpr, CENTERED: tl.constexpr, R: tl.constexpr,
     JOINED: tl.constexpr, FAST: tl.constexpr, KEPT: tl.constexpr, OWN_UP: tl.constexpr, HB: tl.constexpr,
@@ -272,7 +272,7 @@ def attend_absorbed(
         again = sequence + tl.multiple_of((tile - begin) % T, 16) if JOINT and R > WIDE else sequence
         accs = add_values(
             accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, again, slot, valid,
-            row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights,
+            row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following

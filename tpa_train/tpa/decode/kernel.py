@@ -86,7 +86,7 @@ def _row_scores(
 
 @triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_direct(
-    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, slots, pitch, splits, scale,
+    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, places, slots, pitch, splits, scale,
     d: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr, PER_PROGRAM: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_TENSOR: tl.constexpr, NORM: tl.constexpr,
     KEY_PIECES: tl.constexpr,
@@ -100,7 +100,8 @@ def attend_direct(
         q, out: [B, H, d], [B, H, E].
         lengths, rows: as in ``CachedTokens``; without HAS_ROWS ``rows`` is not read.
         stored: the layer's buffers, scales as int32 [rows, slots, ..., groups] (a pair of float16 each).
-        key_weights, value_weights: float32 [rows, G], read in mode CONSTANT; see ``values``.
+        key_weights, value_weights: float32 [rows, G], read in mode CONSTANT.
+        places: int16 0 … 31, read where units of codes are parts of bytes; see ``values``.
     ``pitch``: tokens from one row of the buffers to the next. ``scale``: of scores, log2(e) included. NORM: tensor of
     the scores' [1, G] factors of a token, −1 without. DEPENDENT: see ``chain``.
     """
@@ -154,7 +155,7 @@ def attend_direct(
             s = weighted(s, 0, stored, sequence, slot, valid, group, key_weights, 2, 1, GROUPS, NORM, WHOLE)
         p, m, total, alpha = softmax(s * scale, valid, m, total)
         accs = add_values(
-            accs, p, alpha, stored, sequence, slot, valid, group, row, value_weights,
+            accs, p, alpha, stored, sequence, slot, valid, group, row, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, WHOLE, VALUE_TYPE, 0,
         )  # fmt: skip
     leave(

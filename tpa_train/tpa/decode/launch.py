@@ -170,7 +170,7 @@ def prepare(
     arguments = (
         queries, out, partial, lse, cached.lengths, cached.lengths if cached.rows is None else cached.rows, stored,
         nothing if keys.weights is None else keys.weights,
-        plan.places if shares else nothing if values.weights is None else values.weights,
+        nothing if values.weights is None else values.weights, nothing if plan.places is None else plan.places,
     )  # fmt: skip
     rounded = not (keys.entry.exact and values.entry.exact)
     if rounded and tiles.tokens < 32 and dtype != torch.float32:
@@ -201,7 +201,7 @@ def prepare(
         names = ("KEY_MODE", "KEY_TENSOR", "NORM", "VALUE_MODE", "VALUE_TENSOR")
         options = {k: v for k, v in options.items() if k not in names} | {"RH": own}
         options["KEY_PIECES"] = pieces(keys.entry, keys.first, min(tiles.largest, GROUP * (rows // own)))
-        arguments, attend = (*arguments[:7], arguments[8], cached.slots, pitch, splits, scale), packed.attend_packed
+        arguments, attend = (*arguments[:7], arguments[9], cached.slots, pitch, splits, scale), packed.attend_packed
     else:
         options |= {"KEY_TENSOR": keys.tensor, "PER_PROGRAM": plan.per_program}
         arguments, attend = (*arguments, cached.slots, pitch, splits, scale), kernel.attend_direct

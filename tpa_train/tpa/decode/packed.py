@@ -116,7 +116,7 @@ def attend_packed(
         totals = totals * alpha[None, :] + p
         accs = add_values(
             accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, sequence, slot, valid,
-            n, row, places, 0, VALUE_ROWS, GROUPS, -1, VALUE_PIECES, False, VALUE_TYPE, SHARES,
+            n, row, places, places, 0, VALUE_ROWS, GROUPS, -1, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
     m = tl.reshape(spread(m[None, :], BH, RH), (BH,))
     total = tl.reshape(spread(tl.sum(totals, 0)[None, :], BH, RH), (BH,))

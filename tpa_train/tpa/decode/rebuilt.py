@@ -94,8 +94,8 @@ def _keys_at_once(
 
 @triton.jit(do_not_specialize=("slots", "pitch", "splits"))
 def attend_rebuilt(
-    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, up, offset, gamma, relative, cos, sin,
-    slots, pitch, splits, scale, eps,
+    q, out, partial, lse, lengths, rows, stored, key_weights, value_weights, places, up, offset, gamma, relative, cos,
+    sin, slots, pitch, splits, scale, eps,
     d: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, REPEATS: tl.constexpr,
     KEY_MODE: tl.constexpr, KEY_ROWS: tl.constexpr, KEY_PIECES: tl.constexpr, NORM: tl.constexpr,
     OWN_UP: tl.constexpr, HAS_RMS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr, LONGEST: tl.constexpr,
@@ -199,7 +199,7 @@ def attend_rebuilt(
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
         again = sequence + zero if WIDTH > 192 else sequence
         accs = add_values(
-            accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights,
+            accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following

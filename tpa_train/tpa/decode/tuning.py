@@ -35,6 +35,7 @@ ROWS = 72, 108  # KiB that each of three and of two programs of packed rows may 
 LARGEST, CROWDED = 128, 13
 FEWER = 128  # numbers of a packed latent for which a thread does with 128 registers, and with 168 for twice as many
 WIDEST = 512  # numbers of a packed latent whose values' sums fit in registers
+WIDE_FULL = 200  # KiB that U and, of two tiles, W and what is cached of such a latent may take: one program a processor
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
 SHORT = 65_536  # tokens of a launch up to which contextual forms are cut into one part a processor
@@ -77,7 +78,10 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
                 if packed is None or rank > TOGETHER:
                     packed = plan.absorb(tiles.tokens, True, PACKED) if rank <= WIDEST else None
                     if packed is not None and plan.heads * packed.terms <= MOST:
-                        return Tiles(largest=64, fast=PACKED, absorbed=True)
+                        size = 4 * (PACKED + plan.heads * packed.terms) * rank  # U and, of two tiles, W
+                        size += 2 * tiles.tokens * (token // 2 if joint else token)
+                        stages = 2 if size <= WIDE_FULL << 10 else 1
+                        return Tiles(stages=stages, largest=64, fast=PACKED, absorbed=True)
                     # All pairs, rather than more of them than fit beside unpacking.
                     return Tiles(stages=1, largest=64, columns=128, absorbed=False)
                 return _packed_tiles(rank, plan.heads * packed.terms, token // 2 if joint else token, joint)

@@ -306,13 +306,13 @@ def _add_row(
 
 @triton.jit
 def add_values(
-    accs, p, alpha, stored, sequence, slot, valid, group, row, constants,
+    accs, p, alpha, stored, sequence, slot, valid, group, row, constants, places,
     MODE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TENSOR: tl.constexpr, PIECES: tl.constexpr,
     WHOLE: tl.constexpr, TYPE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Scales the accumulators by ``alpha`` [BH] and adds the values of a tile, weighted by ``p`` [T, BH].
 
-    ``constants``: as ``weighted`` takes them or, of rows of their own whose codes are multiplied, int16 0 … 31.
+    ``constants``: as ``weighted`` takes them. ``places``: int16 0 … 31.
     """
     new = ()
     for i in tl.static_range(len(PIECES) // 7):
@@ -321,15 +321,15 @@ def add_values(
         if unit_of(PIECES, i, TYPE, SHARES) > 0:
             new = new + (accs[first_of(PIECES, i + 1, TYPE, SHARES) - 1] * alpha[None, :],)
     if MODE == 0:
-        new = _add_row(new, p, stored, sequence, slot, valid, row, constants, ROWS, PIECES, False, TYPE, SHARES)
+        new = _add_row(new, p, stored, sequence, slot, valid, row, places, ROWS, PIECES, False, TYPE, SHARES)
     elif ROWS <= UNROLLED:
         for j in tl.static_range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, constants, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, places, ROWS, PIECES, MODE != 1, TYPE, SHARES)
     else:
         for j in range(ROWS):
             w = weighted(p, j, stored, sequence, slot, valid, group, constants, MODE, ROWS, GROUPS, TENSOR, WHOLE)
-            new = _add_row(new, w, stored, sequence, slot, valid, j, constants, ROWS, PIECES, MODE != 1, TYPE, SHARES)
+            new = _add_row(new, w, stored, sequence, slot, valid, j, places, ROWS, PIECES, MODE != 1, TYPE, SHARES)
     return new
 
 
