@@ -201,7 +201,7 @@ def test_pieces_of_wide_latents_go_into_all_products_at_once():
 @pytest.mark.parametrize(
     "form,heads",
     [(("latent", 64, "contextual", 1, 8, 3), 4), (("latent", 64, "constant_a", 1, 8, 3), 4)]
-    + [(("latent", 32, "latent", 32, 4), 32)],
+    + [(("latent", 32, "latent", 32, 4), 18)],
 )
 def test_codes_of_other_values_beside_keys_that_are_never_built(form, heads):
     """Rows that KV heads share, and so many query heads that they fill a product; units are parts of bytes."""
