@@ -78,7 +78,7 @@ def test_little_that_is_left_of_large_constants_is_kept(tmp_path):
     attention = student.layers[0].self_attn
     left = attention.values.out.weight @ torch.ones(4 * 32)
     left *= 3e-5 * attention.values.bias.abs().max() / left.abs().max()
-    attention.values.bias += left - dense_attention(attention, 0.0)[BIAS].float()
+    attention.values.bias += left - dense_attention(attention)[BIAS].float()
     model = load_pretrained(export_gguf(student, tmp_path / "m.gguf"))
     assert model.specs[0].converted  # has a bias of values, unlike an original
     torch.testing.assert_close(model(IDS), student(IDS), rtol=0, atol=1e-4)

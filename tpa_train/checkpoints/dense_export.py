@@ -114,10 +114,10 @@ def check_linear(student: Gemma3ForMultimodalLMwithTPA) -> None:
 
 
 @torch.no_grad()
-def dense_attention(attention: FactorizedAttention, nothing: float = NO_BIAS) -> dict[str, Tensor]:
+def dense_attention(attention: FactorizedAttention) -> dict[str, Tensor]:
     """Returns the float64 tensors of the stock attention that equals ``attention`` with nothing rounded.
 
-    Names are a dense attention's, and ``o_proj.bias`` [D], zero where it is less than ``nothing`` of the biases that it
+    Names are a dense attention's, and ``o_proj.bias`` [D], zero where it is less than NO_BIAS of the biases that it
     is what is left of.
     """
     config, spec = attention.config, attention.spec
@@ -137,7 +137,7 @@ def dense_attention(attention: FactorizedAttention, nothing: float = NO_BIAS) ->
     out = (attention.output(heads)[0] - bias).unflatten(0, (config.num_heads, -1))  # [H, e, D]
     # Attention weights sum to one, so a constant value is a constant of the output.
     left = bias + torch.einsum("hed,he->d", out, constant.repeat_interleave(repeats, 0))
-    left = left if float(left.abs().max()) > nothing * float(bias.abs().max()) else torch.zeros_like(left)
+    left = left if float(left.abs().max()) > NO_BIAS * float(bias.abs().max()) else torch.zeros_like(left)
     missing = width - v.shape[-1]
     queries = attention.raw_queries(tokens)[0].flatten(1).mT
     return {

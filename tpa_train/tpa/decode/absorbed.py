@@ -17,16 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.chain import await_previous, begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, exponentials, part_of
-from tpa_train.tpa.decode.rebuilt import latent, norms
+from tpa_train.tpa.decode.rebuilt import WIDE, latent, norms
 from tpa_train.tpa.decode.unpacking import bounded, dot, narrow, zeros
 from tpa_train.tpa.decode.values import add_values, head_of, leave, no_values, spread
-
-# Numbers of a latent: a wider one's pieces go into all products as soon as they are read, rather than be kept for the
-# next, and are read once more as values.
-WIDE = tl.constexpr(plan.TOGETHER)
 
 
 @triton.jit

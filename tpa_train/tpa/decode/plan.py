@@ -23,7 +23,7 @@ UNROLLED = 4  # of ``values``: rows of a sum that are not a loop of their own
 LEAST = 16  # the smallest side of a matrix product
 LONGEST = 128  # tokens of the largest tile
 WIDE = 128  # numbers of a piece of values whose codes are multiplied as they are
-TOGETHER = 192  # numbers of a latent, see ``absorbed``
+TOGETHER = 192  # numbers of a latent, see ``rebuilt.WIDE``
 WIDEST = 1024  # numbers of a latent that U can be absorbed for: sums of wider values do not fit in a program
 
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tpa_train.tpa.decode import plan
 from tpa_train.tpa.decode.chain import begin_next
 from tpa_train.tpa.decode.kernel import EMPTY, part_of, softmax
 from tpa_train.tpa.decode.unpacking import bounded, dot, load_piece, narrow, operand, zeros
 from tpa_train.tpa.decode.values import add_values, head_of, leave, no_values
+
+# Numbers of a latent: a wider one's pieces go into all products as soon as they are read, rather than be kept for the
+# next, and a joint one's are read once more as values.
+WIDE = tl.constexpr(plan.TOGETHER)
 
 
 @triton.jit
@@ -197,7 +202,7 @@ def attend_rebuilt(
             s *= factor[:, None]
         p, m, total, alpha = softmax(s * scale, valid, m, total)
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
-        again = sequence + zero if WIDTH > 192 else sequence
+        again = sequence + zero if WIDTH > WIDE else sequence
         accs = add_values(
             accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,

@@ -125,7 +125,7 @@ def _packed_rows(plan: Plan) -> Tiles:
     size += 2 * LEAST * plan.keys.entry.count
     keys = pieces(plan.keys.entry, 0, LARGEST)[4::7]
     values = pieces(plan.values.entry, 0, LARGEST, LARGEST // GROUP)[4::7]
-    if size <= ROWS[0] << 10 and sum(values) // 32 + len(keys) + max(keys) // 64 <= CROWDED:
+    if size <= ROWS[0] << 10 and sum(values) // GROUP + len(keys) + max(keys) // 64 <= CROWDED:
         return Tiles(stages=3, programs=3, registers=168)
     return Tiles(stages=3) if size <= ROWS[1] << 10 else Tiles()
 
