@@ -90,6 +90,7 @@ CASES = {
     "contextual-27b-2": ("27b", 5, S("contextual", 2, "contextual", 2)),
     "contextual-27b-14": ("27b", 5, S("contextual", 14, "contextual", 14)),
     "contextual-4b-1-8bit": ("4b", 5, S("contextual", 1, "contextual", 1, 8)),
+    "constant_a-latent-4b": ("4b", 5, S("constant_a", 2, "latent", 64)),
     "constant_a-4b": ("4b", 5, S("constant_a", 2, "constant_a", 2)),
     "constant_b-4b": ("4b", 5, S("constant_b", 64, "constant_b", 64)),
     "tucker-4b-mixed": ("4b", 5, S("tucker", 64, "tucker", 64, heads_k=2, heads_v=2)),
@@ -149,7 +150,7 @@ def compile_launch(launch: Launch) -> dict:
         "shared_kb": round(compiled.metadata.shared / 1024, 1), **resources(ptx),
         "wgmma": ttgir.count("warp_group_dot "), "mma": ttgir.count("tt.dot "),
         "async": len(re.findall(r"cp\.async\.\w+\.shared", ptx)), "early": read_early(ttgir), "asm": compiled.asm,
-        "staged": largest_staged(ttgir), "apart": assembly_apart(ttgir),
+        "staged": largest_staged(ttgir), "apart": assembly_apart(ttgir), "repeated": sums_of_copies(ttgir),
     }  # fmt: skip
 
 
@@ -166,6 +167,18 @@ def assembly_apart(ttgir: str) -> int:
     operand, where both are of one column: those of ``values`` rely on it."""
     layouts = re.findall(r"elementwise_inline_asm.*packed_element = 2.*-> tensor<\d+x\d+x\w+, (.*?)> loc", ttgir)
     return sum("opIdx = 1" not in layout for layout in layouts)
+
+
+def sums_of_copies(ttgir: str) -> int:
+    """Returns how many reductions have an operand of which threads hold copies that others lie beyond: Triton 3.6 adds
+    up neighbours until there are as many as are different, and so the copies."""
+    layouts = dict(re.findall(r"^(#linear\d*) = #ttg\.linear<\{register = .*, lane = \[(.*?)\], warp", ttgir, re.M))
+    count = 0
+    for operand in re.findall(r'^ *%\S+ = "tt\.reduce"(?:.*\n)*?.*?\}\) : \((.*?)\) -> ', ttgir, re.M):
+        for name in re.findall(r"#linear\d*", operand):
+            kept = [any(map(int, base.split(", "))) for base in re.findall(r"\[([\d, ]+)\]", layouts[name])]
+            count += kept != sorted(kept, reverse=True)
+    return count
 
 
 def read_early(ttgir: str) -> list[str] | None:

@@ -6,9 +6,12 @@ import triton
 from decode_cases import FORMS, filled, layer, moved
 from decode_kernels import BF16, CUDA, DEVICE, F32, bounds_of_loops  # noqa: F401
 
+from tpa_train.gemma3.config import SIZES
+from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import launch, precompile, tuning
 from tpa_train.tpa.decode.plan import plan_of
 from tpa_train.tpa.decode.tiles import Tiles
+from tpa_train.tpa.spec import LayerSpec
 
 DEFAULT, FAST, WRONG, LOST, LARGE = (Tiles(programs=n) for n in range(1, 6))
 TIMES = {DEFAULT: 3.0, FAST: 2.0, WRONG: 1.0, LOST: 0.5, LARGE: 0.1}
@@ -77,3 +80,20 @@ def test_tiles_of_packed_numbers_have_32_tokens_in_half_precision():
         plan = plan_of(attention, BF16, torch.device("cpu"))
         least = min(tiles.tokens for tiles in tuning.candidates(plan, BF16))
         assert least == (16 if plan.keys.entry.exact and plan.values.entry.exact else 32)
+
+
+@pytest.mark.parametrize(
+    "size,spec,tokens,stages",
+    [
+        ("1b", ("joint", 352, "joint", 352, 8), 64, 2), ("1b", ("latent", 384, "latent", 384, 16, 8), 64, 1),
+        ("4b", ("contextual", 1, "contextual", 1), 64, 3), ("4b", ("constant_a", 2, "latent", 64), 64, 2),
+        ("4b", ("contextual", 3, "contextual", 1), 32, 2), ("27b", ("constant_a", 3, "contextual", 2), 64, 2),
+    ],
+)  # fmt: skip
+def test_tiles_fit_a_processor(size, spec, tokens, stages):
+    """An H100's; all but the third need smaller ones, or fewer of them, than others of their kind."""
+    form = LayerSpec(*spec, cached_norm=spec[0] == "joint")
+    plan = plan_of(FactorizedAttention(SIZES[size], 5, form).to(BF16), BF16, torch.device("cpu"))
+    tiles = tuning.default_tiles(plan, BF16)
+    assert (tiles.tokens, tiles.stages) == (tokens, stages)
+    assert tiles.absorbed if plan.rebuilt else tiles.absorbed is None

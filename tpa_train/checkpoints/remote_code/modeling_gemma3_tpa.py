@@ -4,7 +4,8 @@ Stock Gemma 3 with another attention. What a token caches (latents, contextual f
 4, 3 or 2 bits) is laid out as bytes [B, 1, L, bytes], keys and values apart, and goes through transformers' own cache
 as if those were keys and values: windows, beams, cropping and assisted decoding are the library's. Keys of the latent
 forms are rebuilt and rotated when read; the positions of cached tokens follow from those of the new ones, so padding
-must be on the left, as ``generate`` wants it.
+must be on the left, as ``generate`` wants it. Sums are in the order of the toolkit's own: a last digit decides where a
+number between two codes falls.
 
 Shapes: B batch, L new tokens, S tokens seen, D hidden size, H query heads, G key/value heads, d head_dim, r rank.
 """
@@ -139,7 +140,7 @@ class Gemma3TPAAttention(Gemma3Attention):
     def rope(self, positions):
         """Returns cos and sin [B, S, 1, d/2] in float32, which bf16 models need as well."""
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
-        angles = positions.float()[..., None, None] / self.theta**exponent / self.rope_factor
+        angles = positions.float()[..., None, None] * (1.0 / self.theta**exponent / self.rope_factor)
         return angles.cos(), angles.sin()
 
     # Contextual factors: K[g] = (1/R) Σ_r a_r[g] b_r.
@@ -190,9 +191,9 @@ class Gemma3TPAAttention(Gemma3Attention):
                 entries = [rotate(k * inverse_rms(k, self.eps) * (1.0 + part.norm.float()), rope)]
             case "latent" | "constant_b":
                 c = F.linear(x, part.down).unflatten(-1, (self.groups, -1)).float()
-                up = part.up.float().expand(self.groups, -1, -1)
-                inverse = inverse_rms(torch.einsum("blgr,gdr->blgd", c, up), self.eps)
-                entries = [c * inverse - part.center.float()]
+                gram = torch.einsum("gdr,gds->grs", part.up.float(), part.up.float())
+                square = (torch.einsum("blgr,grs->blgs", c, gram) * c).sum(-1, keepdim=True)
+                entries = [c * torch.rsqrt(square / self.head_dim + self.eps) - part.center.float()]
             case "joint":
                 entries = [(F.linear(x, part.down) - part.center)[:, :, None].to(x.dtype)]
                 if len(self.key_layout) > 1:  # 1/rms of the keys that the cache gives back
@@ -202,14 +203,16 @@ class Gemma3TPAAttention(Gemma3Attention):
                     entries.append(inverse_rms(keys, self.eps).mT)
             case "contextual" | "constant_a":
                 a, b = self.outer_factors(part, x)
-                outer = "blrg,blrd->blgd" if a.dim() == 4 else "rg,blrd->blgd"
-                inverse = inverse_rms(torch.einsum(outer, a, b.float()), self.eps).mT  # [B, L, 1, G]
+                gram = torch.einsum("blrd,blsd->blrs", b.float(), b.float())
+                square = (gram @ a * a).sum(-2, keepdim=True).clamp_min(0)
+                inverse = torch.rsqrt(square / self.head_dim + self.eps)  # [B, L, 1, G]
                 b = rotate(b.float() * (1.0 + part.norm.float()), rope)
                 entries = [a * inverse, b] if a.dim() == 4 else [b, inverse]
             case "tucker":
                 c = self.core(part, x).float()
                 heads = self.mix(part, c) if self.mixes(part) else c
-                square = (heads @ self.features(part).float().mT).square().mean(-1, keepdim=True) + self.eps
+                up = self.features(part).float()
+                square = ((heads @ (up.mT @ up)) * heads).sum(-1, keepdim=True) / self.head_dim + self.eps
                 if self.mixes(part):  # heads share latents, not norms
                     size = square.mean(-2, keepdim=True).sqrt()
                     entries = [c / size - part.center.float(), (torch.rsqrt(square) * size).mT]
@@ -229,16 +232,17 @@ class Gemma3TPAAttention(Gemma3Attention):
                 a = (part.a_bias / len(part.a_bias)).to(entry.dtype)
                 return torch.einsum("rg,bsrd->bsgd", a, entry) * entries[1].mT
             case "latent" | "constant_b":
-                up = part.up.expand(self.groups, -1, -1).to(entry.dtype)
+                up = ((1.0 + part.norm)[None, :, None] * part.up).to(entry.dtype)
                 keys = torch.einsum("bsgr,gdr->bsgd", entry + part.center.to(entry.dtype), up)
             case "joint":
-                keys = torch.einsum("bsr,gdr->bsgd", (entry + part.center.to(entry.dtype))[:, :, 0], part.up)
+                keys = torch.einsum("bsr,gdr->bsgd", (entry + part.center.to(entry.dtype))[:, :, 0], part.up).float()
                 keys = keys * (inverse_rms(keys, self.eps) if len(entries) == 1 else entries[1].float().mT)
+                keys = keys * (1.0 + part.norm.float())
             case "tucker":
                 latent = entry + part.center.to(entry.dtype)
                 latent = self.mix(part, latent) * entries[1].mT if self.mixes(part) else latent
-                keys = latent @ self.features(part).mT
-        return rotate(keys.float() * (1.0 + part.norm.float()), rope).to(entry.dtype)
+                keys = F.linear(latent, ((1.0 + part.norm)[:, None] * self.features(part)).to(entry.dtype))
+        return rotate(keys, rope).to(entry.dtype)
 
     def write_values(self, x):
         part = self.values
@@ -315,7 +319,7 @@ class Gemma3TPAAttention(Gemma3Attention):
         key = self.read_keys(key_entries, rope).transpose(1, 2)
         value = self.read_values(value_entries, key_entries).transpose(1, 2)
         width, implementation = value.shape[-1], self.config._attn_implementation
-        if implementation not in ("eager", "sdpa") and width < self.head_dim:  # flash kernels want equal head sizes
+        if implementation != "eager" and width < self.head_dim:  # flash kernels want equal head sizes
             value = F.pad(value, (0, self.head_dim - width))
         attend = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         heads, weights = attend(

@@ -267,7 +267,7 @@ def attend_absorbed(
         again = sequence + tl.multiple_of((tile - begin) % T, 16) if JOINT and R > WIDE else sequence
         accs = add_values(
             accs, spread(p, BH, RH), tl.reshape(spread(alpha[None, :], BH, RH), (BH,)), stored, again, slot, valid,
-            row + 0 * tl.arange(0, BH), row if VALUE_ROWS > 1 else 0, value_weights, places,
+            row, row if VALUE_ROWS > 1 else 0, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following

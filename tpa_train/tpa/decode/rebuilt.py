@@ -127,7 +127,6 @@ def attend_rebuilt(
     row = tl.program_id(0)
     n = head_of(tl.arange(0, BH), BH, SHARES)
     inside = n < REPEATS
-    group = row + 0 * n
     head = row * REPEATS + n
     if OWN_UP:
         up += row * (2 * WIDTH * HB)
@@ -204,7 +203,7 @@ def attend_rebuilt(
         # Wide joint latents are read twice: kept for the values, they would fill the registers.
         again = sequence + zero if WIDTH > WIDE else sequence
         accs = add_values(
-            accs, p, alpha, stored, again, slot, valid, group, row if VALUE_ROWS > 1 else 0, value_weights, places,
+            accs, p, alpha, stored, again, slot, valid, row, row if VALUE_ROWS > 1 else 0, value_weights, places,
             VALUE_MODE, VALUE_ROWS, GROUPS, VALUE_TENSOR, VALUE_PIECES, False, VALUE_TYPE, SHARES,
         )  # fmt: skip
         factor = following

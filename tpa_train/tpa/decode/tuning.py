@@ -23,6 +23,7 @@ from tpa_train.tpa.quantization import GROUP
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
+MOST_LOADED = 208  # the same of rows that are scored as they are cached
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 JOINT = 64  # as ``TWO``, of joint latents
 PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take registers that unpacking needs
@@ -111,7 +112,16 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
         return Tiles(tokens=32) if numbers > 544 else Tiles()
     if numbers > 1088:
         return Tiles(tokens=16)
-    if numbers > 768:  # no room for a third stage
+    # Rows of keys that several heads share are in shared memory once more.
+    loops = any(r.mode != OWN and r.entry.rows > UNROLLED for r in (plan.keys, plan.values))
+    again = 0 if loops or plan.keys.mode == OWN else rows[0] * plan.keys.entry.count
+
+    def fits(stages: int) -> bool:
+        return dtype.itemsize * Tiles.tokens * ((stages - 1) * numbers + again) <= MOST_LOADED << 10
+
+    if not fits(2):
+        return Tiles(tokens=32)
+    if numbers > 768 or not fits(3):  # no room for a third stage
         return Tiles()
     if tokens is None or tokens > SHORT:
         return Tiles(stages=3)

@@ -223,13 +223,18 @@ def weighted(
     """Multiplies ``x`` [T, BH] by the weights of row ``j`` for every token and head.
 
     ONE_HOT: rows are KV heads. CACHED: [R, G] numbers of the token. CONSTANT: ``constants`` [rows, G].
+    ``group``: the KV head of every column, or the one of all.
     WHOLE: the heads are those of all KV heads in turn, equally many each; their numbers are read as they lie, in words.
     """
+    ONE: tl.constexpr = len(group.shape) == 0
     if MODE == 1:
-        x = tl.where((group == j)[None, :], x, 0.0)
+        x = tl.where(group == j if ONE else (group == j)[None, :], x, 0.0)
     elif MODE == 2:
         base = stored[TENSOR] + sequence * (ROWS * GROUPS) + j * GROUPS
-        if WHOLE:
+        if ONE:  # as a tensor [T, BH] it would decide how threads share the weights, which ``_paired`` relies on
+            w = tl.load(base + slot * (ROWS * GROUPS) + group, mask=valid, other=0.0)
+            x = x * w.to(tl.float32)[:, None]
+        elif WHOLE:
             at = (slot * (ROWS * GROUPS))[:, None] + tl.arange(0, GROUPS)[None, :]
             w = tl.load(base + at, mask=valid[:, None], other=0.0)
             w = tl.broadcast_to(w[:, :, None], (x.shape[0], GROUPS, x.shape[1] // GROUPS))
@@ -238,7 +243,8 @@ def weighted(
             at = (slot * (ROWS * GROUPS))[:, None] + group[None, :]
             x = x * tl.load(base + at, mask=valid[:, None], other=0.0).to(tl.float32)
     elif MODE == 3:
-        x = x * tl.load(constants + j * GROUPS + group)[None, :]
+        w = tl.load(constants + j * GROUPS + group)
+        x = x * (w if ONE else w[None, :])
     return x
 
 
