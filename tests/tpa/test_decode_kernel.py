@@ -15,7 +15,6 @@ from decode_kernels import BF16, CUDA, DEVICE, F16, F32, SMALL, bounds_of_loops,
 
 from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table
-from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.decode import attend_cached, launch
 from tpa_train.tpa.decode.absorbed import attend_absorbed
 from tpa_train.tpa.decode.launch import attend_triton, obstacle, prepare
