@@ -97,3 +97,14 @@ def test_tiles_fit_a_processor(size, spec, tokens, stages):
     tiles = tuning.default_tiles(plan, BF16)
     assert (tiles.tokens, tiles.stages) == (tokens, stages)
     assert tiles.absorbed if plan.rebuilt else tiles.absorbed is None
+
+
+@pytest.mark.parametrize(
+    "size,ranks,tokens,joined",
+    [("27b", (32, 32), 1, 2), ("12b", (64, 64), 1, 2), ("4b", (64, 64), 1, 1), ("4b", (64, 64), 1 << 18, 2),
+     ("4b", (128, 128), None, 2), ("4b", (64, 160), None, 1)],
+)  # fmt: skip
+def test_narrow_latents_of_two_heads_are_one_row(size, ranks, tokens, joined):
+    form = LayerSpec("latent", ranks[0], "latent", ranks[1])
+    plan = plan_of(FactorizedAttention(SIZES[size], 5, form).to(BF16), BF16, torch.device("cpu"))
+    assert tuning.default_tiles(plan, BF16, tokens).joined == joined

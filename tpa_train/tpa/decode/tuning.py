@@ -41,6 +41,7 @@ WIDE = 256  # numbers of a latent, the vectors of which are too many to be loade
 LINE = 128  # bytes that memory gives at once
 SHORT = 65_536  # tokens of a launch up to which contextual forms are cut into one part a processor
 FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
+MANY = 1 << 20  # the same from which on latents of two KV heads are read as one row, up to two lines long
 AGREES = 0.02  # relative L2 distance of two results in half precision: 0.002 or less where both are right
 WARM_UP, REPEATS = 5, 20  # milliseconds of each candidate; between runs the L2 cache is emptied
 
@@ -64,8 +65,7 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
         if found is not None and not (found.fast and few):
             exact = plan.keys.entry.exact and plan.values.entry.exact
             if not found.fast:  # few registers, little in shared memory
-                narrow = exact and plan.keys.entry.nbytes // plan.keys.entry.rows < LINE
-                if narrow and 2 * plan.heads * found.terms <= MOST and plan.joins(2):
+                if exact and 2 * plan.heads * found.terms <= MOST and plan.joins(2) and _joining(plan, tokens):
                     return Tiles(programs=4, joined=2, registers=128)
                 if not exact and plan.expand is None and rank <= 2 * FEWER:
                     if rank <= FEWER:
@@ -126,6 +126,14 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
     if tokens is None or tokens > SHORT:
         return Tiles(stages=3)
     return Tiles(tokens=32, stages=4, programs=1) if numbers <= 320 else Tiles(stages=3, programs=1)
+
+
+def _joining(plan: Plan, tokens: int | None) -> bool:
+    """Whether two KV heads' latents are read as one row, since one's is less than a line, or there are many."""
+    size, groups = max(_loaded(plan.keys.entry), _loaded(plan.values.entry)), len(plan.offset)
+    if tokens is None or tokens * groups >= MANY:
+        return size <= 2 * LINE
+    return size < LINE or (size == LINE and groups >= 8)
 
 
 def _packed_rows(plan: Plan) -> Tiles:
