@@ -56,6 +56,16 @@ def test_rounded_logits_are_the_students(pair):
     assert error.median() < 1e-4 and error.max() < 1e-2
 
 
+@torch.no_grad()
+def test_sums_are_in_the_students_order(tmp_path):
+    """Up to a window, beyond which the student attends in blocks. Not so of Tucker, whose entries lie otherwise."""
+    student = random_student(LINEAR)
+    model = loaded(export_transformers(student, tmp_path / "out"))
+    for length in (3, TINY.sliding_window):
+        ids = tokens(2, length)
+        assert torch.equal(model(ids).logits, student(ids))
+
+
 @given(
     st.integers(1, 3), st.integers(1, 100), st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 )

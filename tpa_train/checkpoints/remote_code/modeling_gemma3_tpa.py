@@ -232,7 +232,7 @@ class Gemma3TPAAttention(Gemma3Attention):
                 a = (part.a_bias / len(part.a_bias)).to(entry.dtype)
                 return torch.einsum("rg,bsrd->bsgd", a, entry) * entries[1].mT
             case "latent" | "constant_b":
-                up = ((1.0 + part.norm)[None, :, None] * part.up).to(entry.dtype)
+                up = ((1.0 + part.norm.float())[None, :, None] * part.up.float()).to(entry.dtype)
                 keys = torch.einsum("bsgr,gdr->bsgd", entry + part.center.to(entry.dtype), up)
             case "joint":
                 keys = torch.einsum("bsr,gdr->bsgd", (entry + part.center.to(entry.dtype))[:, :, 0], part.up).float()
@@ -241,7 +241,8 @@ class Gemma3TPAAttention(Gemma3Attention):
             case "tucker":
                 latent = entry + part.center.to(entry.dtype)
                 latent = self.mix(part, latent) * entries[1].mT if self.mixes(part) else latent
-                keys = F.linear(latent, ((1.0 + part.norm)[:, None] * self.features(part)).to(entry.dtype))
+                up = (1.0 + part.norm.float())[:, None] * self.features(part).float()
+                keys = F.linear(latent, up.to(entry.dtype))
         return rotate(keys, rope).to(entry.dtype)
 
     def write_values(self, x):

@@ -23,7 +23,6 @@ from tpa_train.tpa.quantization import GROUP
 
 VARIABLE = "TPA_DECODE_TUNE"
 SHARED = 160  # KiB of a processor that U and what is loaded ahead may take: 227 less what products are laid out in
-MOST_LOADED = 208  # the same of rows that are scored as they are cached
 THREE, TWO = 56, 48  # the same where only the fastest pairs of keys are rebuilt, for so many programs a processor
 JOINT = 64  # as ``TWO``, of joint latents
 PACKED = 32  # fast pairs that are rebuilt beside packed numbers: more take registers that unpacking needs
@@ -39,6 +38,7 @@ WIDEST = 512  # numbers of a packed latent whose values' sums fit in registers
 WIDE_FULL = 200  # KiB that U and, of two tiles, W and what is cached of such a latent may take: one program a processor
 WIDE = 256  # numbers of a latent, the vectors of which are too many to be loaded ahead where there are more
 LINE = 128  # bytes that memory gives at once
+MOST_LOADED = 208  # KiB of a processor that rows which are scored as they are cached may take
 SHORT = 65_536  # tokens of a launch up to which contextual forms are cut into one part a processor
 FEW = 100_000  # tokens and KV heads of a launch below which three kernels more cost what fewer rebuilt pairs save
 MANY = 1 << 20  # the same from which on latents of two KV heads are read as one row, up to two lines long
@@ -129,7 +129,8 @@ def default_tiles(plan: Plan, dtype: torch.dtype, tokens: int | None = None) -> 
 
 
 def _joining(plan: Plan, tokens: int | None) -> bool:
-    """Whether two KV heads' latents are read as one row, since one's is less than a line, or there are many."""
+    """Whether two KV heads' latents are read as one row: one's is less than a line, or just one and there are eight of
+    them, or tokens are many and it is no more than two."""
     size, groups = max(_loaded(plan.keys.entry), _loaded(plan.values.entry)), len(plan.offset)
     if tokens is None or tokens * groups >= MANY:
         return size <= 2 * LINE

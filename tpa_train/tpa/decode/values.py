@@ -223,12 +223,12 @@ def weighted(
     """Multiplies ``x`` [T, BH] by the weights of row ``j`` for every token and head.
 
     ONE_HOT: rows are KV heads. CACHED: [R, G] numbers of the token. CONSTANT: ``constants`` [rows, G].
-    ``group``: the KV head of every column, or the one of all.
+    ``group``: the KV head of every column, or the one of all (not with ONE_HOT).
     WHOLE: the heads are those of all KV heads in turn, equally many each; their numbers are read as they lie, in words.
     """
     ONE: tl.constexpr = len(group.shape) == 0
     if MODE == 1:
-        x = tl.where(group == j if ONE else (group == j)[None, :], x, 0.0)
+        x = tl.where((group == j)[None, :], x, 0.0)
     elif MODE == 2:
         base = stored[TENSOR] + sequence * (ROWS * GROUPS) + j * GROUPS
         if ONE:  # as a tensor [T, BH] it would decide how threads share the weights, which ``_paired`` relies on

@@ -65,8 +65,8 @@ class LatentKeys(nn.Module):
 
     def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
         """Returns RoPE((1+w) ⊙ U ĉ), [B, S, G, d]."""
-        entry = entries[0]
-        up = ((1.0 + self.norm.weight)[None, :, None] * self.up).to(entry.dtype)
+        entry, wide = entries[0], accumulation_dtype(self.up.dtype)
+        up = ((1.0 + self.norm.weight.to(wide))[None, :, None] * self.up.to(wide)).to(entry.dtype)
         entry = (entry + self.center).to(entry.dtype)
         keys = torch.einsum("bsgr,gdr->bsgd", entry, up)
         return apply_rotary(keys.to(accumulation_dtype(keys.dtype)), rotary).to(entry.dtype)

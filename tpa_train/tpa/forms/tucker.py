@@ -187,11 +187,11 @@ class TuckerKeys(_TuckerPart):
 
     def read(self, entries: tuple[Tensor, ...], rotary: RotaryTable) -> Tensor:
         """Returns RoPE((1+w) ⊙ U_feat ĉ), [B, S, G, d]."""
-        dtype = entries[0].dtype
+        dtype, wide = entries[0].dtype, accumulation_dtype(self.u_feat.dtype)
         latent = (entries[0] + self.center).to(dtype)
         if self.mixes_when_read:
             latent = (self.mix(latent) * entries[1].mT).to(dtype)
-        up = ((1.0 + self.norm.weight)[:, None] * self.u_feat).to(dtype)
+        up = ((1.0 + self.norm.weight.to(wide))[:, None] * self.u_feat.to(wide)).to(dtype)
         keys = F.linear(latent, up)
         return apply_rotary(keys.to(accumulation_dtype(keys.dtype)), rotary).to(dtype)
 
