@@ -196,7 +196,7 @@ def test_real_perplexity_equals_transformers(real_path):
     model = load_pretrained(real_path)
     assert model.config == SIZES["270m"] and model.source.description == "GGUF, Q4_K_M (dequantized)"
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    ids = torch.tensor(model.tokenizer.encode(text, bos=False)[: 2 * 1024]).view(2, 1024)
+    ids = torch.tensor(model.tokenizer.encode(text, bos=False)[:1024]).view(1, 1024)
     ids[:, 0] = model.tokenizer.bos_id
 
     c = model.config
