@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from decode_cases import FORMS, filled, layer, moved
-from decode_kernels import BF16, CUDA, DEVICE, F16, F32, SMALL, bounds_of_loops, tl, triton  # noqa: F401
+from decode_kernels import (  # noqa: F401
+    BF16,
+    CUDA,
+    DEVICE,
+    F16,
+    F32,
+    SMALL,
+    bounds_of_loops,
+    kernels_stay_inside_their_buffers,
+    tl,
+    triton,
+)  # fmt: skip
 
 from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table

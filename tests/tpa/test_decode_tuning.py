@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 from decode_cases import FORMS, filled, layer, moved
-from decode_kernels import BF16, CUDA, DEVICE, F32, bounds_of_loops  # noqa: F401
+from decode_kernels import BF16, CUDA, DEVICE, F32, bounds_of_loops, kernels_stay_inside_their_buffers  # noqa: F401
 
 from tpa_train.gemma3.config import SIZES
 from tpa_train.tpa.attention import FactorizedAttention
