@@ -101,7 +101,7 @@ def _chosen(attention: Attention, plan: Plan, queries: Tensor, cached: CachedTok
         calls = [prepare(attention, plan, queries, tokens, tiles) for tokens in (cached, full)]
         return [functools.partial(_run, *call) for call in calls]
 
-    return chosen(plan, key, queries.dtype, run, len(queries) * _pitch(cached.stored[0]))
+    return chosen(plan, key, queries.dtype, queries.device, run, len(queries) * _pitch(cached.stored[0]))
 
 
 def _run(out: Tensor, launches: list[Launch]) -> Tensor:

@@ -1,7 +1,8 @@
 """Which tiles a shape runs with: a rule, or the fastest of a few that were measured when the shape was first seen.
 
 ``TPA_DECODE_TUNE=1`` turns measuring on. It waits for the GPU, so it never happens while a CUDA graph is captured: run
-a step before. What was found is kept for the process; ``tuned`` shows it.
+a step before. What was found is kept for the process; ``tuned`` shows it. Nothing is measured where Triton's assembler
+is known to err (``assembler``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tpa_train.tpa.decode.assembler import trusted
 from tpa_train.tpa.decode.plan import CACHED, LEAST, OWN, TOGETHER, UNROLLED, Plan, pieces, power_of_two
 from tpa_train.tpa.decode.precompile import gathers
 from tpa_train.tpa.decode.tiles import Tiles
@@ -226,6 +228,7 @@ def chosen(
     plan: Plan,
     key: Callable[[], tuple],
     dtype: torch.dtype,
+    device: torch.device,
     run: Callable[[Tiles], Iterable[Callable[[], Tensor]]],
     tokens: int | None = None,
 ) -> Tiles:
@@ -235,6 +238,7 @@ def chosen(
         plan: the layer's.
         key: gives ``key_of`` the call.
         dtype: of the operands.
+        device: that the call runs on.
         run: prepares a call with given tiles, and returns what runs it, and what does over a full cache.
         tokens: as ``default_tiles`` takes it.
     """
@@ -242,7 +246,8 @@ def chosen(
         return default_tiles(plan, dtype, tokens)
     name = key()
     if name not in tuned:
-        if not os.environ.get(VARIABLE) or gathers() or torch.cuda.is_current_stream_capturing():
+        measured = os.environ.get(VARIABLE) and not gathers() and not torch.cuda.is_current_stream_capturing()
+        if not measured or not trusted(device):
             return default_tiles(plan, dtype, tokens)
         tuned[name] = fastest(candidates(plan, dtype, tokens), run)
     return tuned[name]
