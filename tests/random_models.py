@@ -61,7 +61,7 @@ def specs_of(config: Gemma3Config, forms: dict[int, tuple], bits: int = 16) -> l
 def factors_for(model: Gemma3ForCausalLM, specs: list[LayerSpec], seed: int = 1) -> dict[str, Tensor]:
     """Factors in a random, badly scaled basis with random centers: exact where the rank is head_dim, else truncated.
 
-    Written from DESIGN §3 alone: K = U A x, V = U A x, U_v folded into W_O, the center given back by the bias. A joint
+    From the formulas alone: K = U A x, V = U A x, U_v folded into W_O, the center given back by the bias. A joint
     latent is exact where its rank is 2·G·d.
     """
     config = model.config

@@ -1,4 +1,4 @@
-"""The teacher cache of a run: what its settings must agree with, and opening it filled (DESIGN §5)."""
+"""The teacher cache of a run: what its settings must agree with, and opening it filled."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_forms_of_the_published_sizes(size):
     for bits in (16, 4):
         wide = [form_spec(n, config, bits).bytes_per_token(config) for n in ("latent", "joint", "joint_norms")]
         assert wide[0] == wide[1] and (bits < 16 or wide[2] == wide[1] + 2 * config.num_kv_heads)
-    # DESIGN §3: separate latents take d/2 operations a byte read; a joint one G·d.
+    # Separate latents take d/2 operations a byte read; a joint one G·d.
     assert rebuild_flops(config, latent) / latent.bytes_per_token(config) == config.head_dim / 2
     assert rebuild_flops(config, joint) / joint.bytes_per_token(config) == config.num_kv_heads * config.head_dim
     assert rebuild_flops(config, form_spec("contextual1", config, 16)) == 0

@@ -54,7 +54,7 @@ def test_overflow_is_refused_in_words(model, chunks):
 @pytest.mark.parametrize("capacity", [1, 7, 8, 9, 100])
 @pytest.mark.parametrize("dtype,size", [(torch.bfloat16, 2), (torch.float64, 8)])
 def test_bytes_equal_the_formula(model, capacity, dtype, size):
-    """Five local layers keep min(L, W) tokens, the global one L; 2Gd numbers each (DESIGN §2)."""
+    """Five local layers keep min(L, W) tokens, the global one L; 2Gd numbers each."""
     config = model.config
     expected = (5 * min(capacity, 8) + capacity) * 2 * config.num_kv_heads * config.head_dim * size
     cache = model.allocate_cache(3, capacity, dtype=dtype)

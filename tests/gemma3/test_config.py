@@ -1,4 +1,4 @@
-"""The five published sizes, as DESIGN §1 tables them, and refusals of bad configurations."""
+"""The five published sizes, as Google publishes them, and refusals of bad configurations."""
 
 import dataclasses
 

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from tpa_train.gemma3.attention import Attention
 from tpa_train.gemma3.config import SIZES
 from tpa_train.gemma3.layers import rotary_table
 from tpa_train.tpa.attention import FactorizedAttention
-from tpa_train.tpa.decode import CachedTokens
+from tpa_train.tpa.decode import CachedTokens, assembler
 from tpa_train.tpa.decode.combine import combine
 from tpa_train.tpa.decode.launch import Launch, prepare
 from tpa_train.tpa.decode.plan import plan_of
@@ -211,7 +210,7 @@ def resources(ptx: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(Path(folder) / "out")]
+        command = [assembler.tool().path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(Path(folder) / "out")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr or done.stdout)

@@ -1,29 +1,29 @@
 """When tiles may be tried: see ``decode.assembler``."""
 
 import stat
-import sys
+from importlib import metadata
 
 import pytest
 import torch
 
 from tpa_train.tpa.decode import assembler, tuning
 
-HOPPER = torch.device("cuda", 0)
-INSTALLED = assembler._installed
+HOPPER = torch.device("cuda", 3)
+INSTALLED = assembler.installed
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch):
-    monkeypatch.setattr(assembler.torch.version, "hip", None)
-    monkeypatch.setattr(assembler, "_installed", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(assembler, "installed", lambda: None)
     assembler.trusted.cache_clear()
     yield
     assembler.trusted.cache_clear()
 
 
 def _asked(monkeypatch, version, capability=(9, 0)):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(assembler, "assembler_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {HOPPER: capability}.__getitem__)
+    monkeypatch.setattr(assembler, "assembler", lambda: (version, "THE_VARIABLE"))
     return assembler.trusted(HOPPER)
 
 
@@ -39,46 +39,76 @@ def test_only_hopper_is_concerned(capability, monkeypatch, caplog):
     assert _asked(monkeypatch, "12.8", capability) and not caplog.messages
 
 
-def test_what_would_help_is_said(monkeypatch, tmp_path, caplog):
+def test_what_would_help_is_said(monkeypatch, caplog):
     assert not _asked(monkeypatch, "12.9")
-    assert "ptxas 12.9" in caplog.text and "pip install nvidia-cuda-nvcc" in caplog.text and "13.3" in caplog.text
+    assert "ptxas 12.9" in caplog.text and "pip install 'nvidia-cuda-nvcc>=13.3'" in caplog.text
     caplog.clear()
     assembler.trusted.cache_clear()
-    monkeypatch.setattr(assembler, "_installed", lambda: tmp_path / "ptxas")
+    monkeypatch.setattr(assembler, "installed", lambda: "/here/ptxas")
     assert not _asked(monkeypatch, "12.9")
-    assert f"TRITON_PTXAS_PATH={tmp_path / 'ptxas'} " in caplog.text and "pip" not in caplog.text
+    assert "set THE_VARIABLE=/here/ptxas," in caplog.text and "pip" not in caplog.text
 
 
-def test_the_assembler_of_a_wheel_is_found(monkeypatch, tmp_path):
-    (tmp_path / "nvidia" / assembler.WHEEL).parent.mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == "nvidia"]:
-        monkeypatch.delitem(sys.modules, name)
-    others = INSTALLED()  # of an environment that has the wheel
-    (tmp_path / "nvidia" / assembler.WHEEL).touch()
-    assert others != INSTALLED() == tmp_path / "nvidia" / assembler.WHEEL
+@pytest.mark.parametrize("version,found", [("13.0.88", False), ("13.5.37", True), ("14.0.1", True)])
+def test_the_assembler_of_a_wheel_is_found(version, found, monkeypatch, tmp_path):
+    folder = tmp_path / f"nvidia_cuda_nvcc-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: {version}\n")
+    (folder / "RECORD").write_text("nvidia/cu13/bin/nvcc,,\nnvidia/cu13/bin/ptxas,,\n")
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(folder))
+    assert INSTALLED() == (str(tmp_path / "nvidia/cu13/bin/ptxas") if found else None)
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    assert INSTALLED() is None
 
 
-def test_triton_is_asked_which_it_takes(monkeypatch, tmp_path):
-    """The one that a variable names, where there is one: the second is that of newer Tritons."""
-    version = assembler.assembler_version()
-    assert version and all(part.isdigit() for part in version.split("."))
-    other = tmp_path / "ptxas"
-    other.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 77.5, V77.5.1'\n")
-    other.chmod(other.stat().st_mode | stat.S_IXUSR)
-    for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
-        monkeypatch.setenv(name, str(other))
-    assert assembler.assembler_version() == "77.5"
+def test_triton_is_asked_which_it_takes_for_hopper(monkeypatch, tmp_path):
+    """Each variable names another one: that which is said to matter does."""
+    named = {}
+    for n, name in enumerate(("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")):
+        path = tmp_path / f"ptxas{n}"
+        path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release 77.{n}, V77.{n}.1'\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv(name, str(path))
+        named[name] = f"77.{n}"
+    version, variable = assembler.assembler()
+    assert version == named[variable]
+    monkeypatch.delenv(variable)
+    assert assembler.assembler()[0] not in (None, version)
 
 
-def test_tiles_are_not_tried_where_the_assembler_errs(monkeypatch):
-    monkeypatch.setenv(tuning.VARIABLE, "1")
+def test_hopper_is_what_triton_is_asked_for(monkeypatch):
+    from triton.backends.nvidia import compiler
+
+    seen = []
+
+    class Found:
+        version, path = "12.8", "other"
+
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: seen.append(arch) or Found)
+    assert assembler.assembler() == ("12.8", "TRITON_PTXAS_BLACKWELL_PATH") and seen == [90]
+    monkeypatch.setattr(compiler, "get_ptxas", lambda: Found)  # as in Triton 3.5
+    assert assembler.assembler()[0] == "12.8"
+    monkeypatch.delattr(compiler, "get_ptxas")
+    assert assembler.assembler()[0] is None
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_tiles_are_not_tried_where_the_assembler_errs(measured, monkeypatch, caplog):
+    """Whoever has such an assembler is told, also where nothing is measured."""
+    monkeypatch.setenv(tuning.VARIABLE, "1" if measured else "")
     monkeypatch.setattr(tuning, "tuned", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "default_tiles", lambda *_: "default")
     monkeypatch.setattr(tuning, "candidates", lambda *_: ["default", "other"])
     monkeypatch.setattr(tuning, "fastest", lambda options, run: options[-1])
-    for version, expected in (("12.8", "default"), ("13.4", "other")):
+    for version, expected in (("12.8", "default"), ("13.4", "other" if measured else "default")):
         assembler.trusted.cache_clear()
         _asked(monkeypatch, version)
+        caplog.clear()
+        assembler.trusted.cache_clear()
         assert tuning.chosen(None, lambda: "key", torch.bfloat16, HOPPER, None) == expected
+        assert bool(caplog.messages) == (version == "12.8")

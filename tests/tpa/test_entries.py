@@ -35,7 +35,7 @@ def _groups(entry):
 
 
 def _bytes(entry):
-    """DESIGN §2: whole bytes of codes, of 6 and 3 bits in two planes, and a 16-bit scale and minimum a group."""
+    """Whole bytes of codes, of 6 and 3 bits in two planes, and a 16-bit scale and minimum a group."""
     planes = {6: (4, 2), 3: (2, 1)}
 
     def size(count, width):

@@ -136,7 +136,7 @@ def test_lower_precision_costs_more():
 
 
 def _bytes(count, bits):
-    """Of one head's ``count`` numbers, from DESIGN §2: whole bytes of codes and 4 bytes a group of 32."""
+    """Of one head's ``count`` numbers: whole bytes of codes and 4 bytes a group of 32."""
     if bits == 16:
         return 2 * count
     return {8: count, 4: (count + 1) // 2}[bits] + 4 * ((count + 31) // 32)
@@ -182,7 +182,7 @@ def test_bytes_of_joint_latents_and_mixed_widths(groups, context, rank, widths):
 
 
 def test_the_designs_own_numbers():
-    """Bytes a token and layer of the 270M in DESIGN §2's table (dense int8 there has groups of 64)."""
+    """Bytes a token and layer of the 270M, worked out by hand (dense int8 there has groups of 64)."""
     from tpa_train.gemma3.config import SIZES
 
     config = SIZES["270m"]

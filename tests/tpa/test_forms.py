@@ -1,4 +1,4 @@
-"""Full-rank latents are the dense model, at every size's head shapes; truncated ones follow DESIGN §3 exactly."""
+"""Full-rank latents are the dense model, at every size's head shapes; truncated ones follow the formulas exactly."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Tucker parts at full rank are the dense model; truncated ones follow DESIGN §3, whole or decoded from the cache."""
+"""Tucker parts at full rank are the dense model; truncated ones the formulas, whole or decoded from the cache."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def tucker(config, kinds, rank=None, **fields) -> LayerSpec:
 
 
 def layer_factors(attention, spec, seed=1):
-    """Exact factors in random, badly scaled bases and random centers, cut to the ranks; from DESIGN §3 alone."""
+    """Exact factors in random, badly scaled bases and random centers, cut to the ranks; from the formulas alone."""
     config = attention.config
     d, generator = config.head_dim, torch.Generator().manual_seed(seed)
     factors = {}

@@ -1,4 +1,4 @@
-"""The second recovery stage (DESIGN §5): the student's next-token distributions are to be the teacher's."""
+"""The second recovery stage: the student's next-token distributions are to be the teacher's."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ class EndToEndModule(RecoveryModule):
     def finish(self) -> None:
         if self.average is not None and self.global_step >= self.total_steps:
             self.average.copy_to(self.trained_tensors())
+        super().finish()
 
     def output_loss(
         self, student: Tensor, teacher: Tensor, weights: Tensor | None = None, labels: Tensor | None = None

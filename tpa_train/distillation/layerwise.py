@@ -1,4 +1,4 @@
-"""The first recovery stage (DESIGN §5): every converted attention gets the teacher's input and must give its output."""
+"""The first recovery stage: every converted attention gets the teacher's input and must give its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both recovery stages share as LightningModules (DESIGN §5): what learns, how, and checkpoints of it.
+"""What both recovery stages share as LightningModules: what learns, how, and checkpoints of it.
 
 ``layerwise`` and ``end_to_end`` have the stages. Both train float32 copies of the parameters that learn and share
 everything else with the teacher. A checkpoint holds only what learns: neither the teacher nor the frozen weights.
@@ -23,6 +23,7 @@ from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.attention import document_offsets, takes_documents
 from tpa_train.gemma3.layers import accumulation_dtype
 from tpa_train.gemma3.model import Gemma3ForCausalLM
+from tpa_train.tpa.constants import settle_constants
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of, set_parameter
 
 TrainScope = Literal["factors", "attention", "above", "all"]
@@ -171,6 +172,8 @@ class RecoveryModule(L.LightningModule):
 
     def finish(self) -> None:
         """Called after training; what the student ends with is set here once all steps are done."""
+        if self.global_step >= self.total_steps:
+            settle_constants(self.student, self.trained)
 
     def learning_rates(self) -> dict[str, float]:
         """Returns the peak learning rate of every parameter that learns; a factor's is relative to its size."""

@@ -24,7 +24,7 @@ from tpa_train.evaluation.suites import CacheReport, Evaluator, StageResult, cac
 
 DEFAULT_MODEL = "gemma3_270m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The whole of them fits a coffee break on two CPU cores; accelerators get the distances of DESIGN §6.
+# The whole of them fits a coffee break on two CPU cores; accelerators get more, and longer distances.
 CPU_TOKENS, ACCELERATOR_TOKENS = 16_384, 262_144
 CPU_CONTEXT, ACCELERATOR_CONTEXT = 4096, 8192
 CPU_COPY, ACCELERATOR_COPY = "1000", "1000,3500,8000,15000"

@@ -329,7 +329,7 @@ def specs_of(model: Any) -> list[LayerSpec]:
 def cache_report(teacher: Any, student: Any, context: int) -> CacheReport:
     """Allocates both caches for one sequence of ``context`` tokens in bfloat16 and compares their bytes.
 
-    Caches beyond 1 GiB are sized without memory. Either way the bytes must equal DESIGN §2's formula.
+    Caches beyond 1 GiB are sized without memory. Either way the bytes must equal ``spec.cache_bytes``.
     """
     bytes_of, allocated = [], True
     for model in (teacher, student):

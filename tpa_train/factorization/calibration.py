@@ -7,7 +7,7 @@ Per layer and KV head, sums in float64:
   form is the KL of a small error (Martens, arXiv:1412.1193, §9.2). The sum over tokens is kept in Kronecker-factored
   form: a metric M = Σ g_s g_sᵀ and a second moment C = Σ w_s k̃_s k̃_sᵀ of k̃ = k / rms(k), with w_s the size of g_s in
   that metric. RoPE, attention and everything above the layer are inside the gradient. On the 270M this takes the KL of
-  keys truncated to rank 48 from .210 (metric of attention logits, DESIGN §4) to .138.
+  keys truncated to rank 48 from .210 (metric of attention logits) to .138.
 * attention outputs: their Fisher information by the same gradients, the metric of the layer-wise recovery;
 * values: weight, mean and second moment of v under Σ_t a_ts² — the squared attention, because errors of different
   tokens add up independently in an attention output;

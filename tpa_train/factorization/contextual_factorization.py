@@ -4,7 +4,7 @@ Constant-A, K_t[g] ≈ Σ_r A[r, g] b_r(x), and constant-B, K_t[g] ≈ U c_g(x),
 stacked heads [G, d]: one mode gets a constant basis, and what it multiplies is linear in the token. Given the basis S,
 the best linear map is the projection P = (SᵀMS)⁻¹SᵀM in the metric M, whatever the data; given the map, S is a least
 squares problem. With one metric for all heads this is solved by the eigenvectors of the head mode (the averaged
-moments); in general the two alternate from there (DESIGN §4). The contextual form starts at a₀ = R·A and W_A = 0.
+moments); in general the two alternate from there. The contextual form starts at a₀ = R·A and W_A = 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latent factors in closed form: the best rank-r keys and values under data-aware metrics (DESIGN §4).
+"""Latent factors in closed form: the best rank-r keys and values under data-aware metrics.
 
 Minimising E‖M^½(k − UAx)‖² over rank-r maps has the solution of a principal component analysis in the metric: with E
 the top-r eigenvectors of M^½ C M^½, U = M^-½ E and A = Eᵀ M^½ W. The metric of keys measures the model's output, that

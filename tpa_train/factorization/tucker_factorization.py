@@ -8,7 +8,7 @@ the factors that remain shared only.
 
 Without data the error is the plain one of the weights: tensorly's ``partial_tucker``, followed by the same sweeps over
 kinds that are coupled. With data it is Σ_p w_p tr(L_p (W_p − Ŵ_p) S_p (W_p − Ŵ_p)ᵀ), L the metric of an error in the
-heads and S the second moment of what comes in (DESIGN §4). Where heads have one metric, whitening turns it into the
+heads and S the second moment of what comes in. Where heads have one metric, whitening turns it into the
 plain problem. In general they have not: then alternating least squares goes on from the whitened solution of their
 average metric. Every step is an exact minimum, or conjugate gradients on a quadratic, so the error never rises; and
 the plain solution is the start where it is the better one, so the error is never above that.

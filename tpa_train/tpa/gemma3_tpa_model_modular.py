@@ -90,7 +90,7 @@ class Gemma3ForMultimodalLMwithTPA(Gemma3ForCausalLM):
         return [index for index, spec in enumerate(self.specs) if spec.converted]
 
     def cache_bytes(self, context: int) -> int:
-        """Returns the bytes one sequence's cache takes at ``context`` tokens, by the formula of DESIGN §2."""
+        """Returns the bytes one sequence's cache takes at ``context`` tokens, by ``spec.cache_bytes``."""
         return cache_bytes(self.config, self.specs, context)
 
     def factor_names(self) -> list[str]:

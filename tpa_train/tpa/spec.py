@@ -9,7 +9,7 @@ from tpa_train.errors import UserError, nearest
 from tpa_train.gemma3.config import Gemma3Config
 from tpa_train.tpa.entries import Bits, Entry, check_widths, describe_bits
 
-# Forms of DESIGN §3. constant_a and constant_b are the contextual form with a constant A or B; a joint latent serves
+# constant_a and constant_b are the contextual form with a constant A or B; a joint latent serves
 # keys and values at once.
 KEY_VALUE_FORMS = ("dense", "latent", "joint", "contextual", "constant_a", "constant_b", "tucker")
 QUERY_FORMS = ("dense", "contextual", "tucker")
@@ -140,7 +140,7 @@ def dense_specs(config: Gemma3Config) -> list[LayerSpec]:
 
 
 def cache_bytes(config: Gemma3Config, specs: list[LayerSpec], context: int) -> int:
-    """Returns the cache bytes of one sequence at ``context`` tokens: Σ n_l(L)·c_l (DESIGN §2), windows included."""
+    """Returns the cache bytes of one sequence at ``context`` tokens: Σ n_l(L)·c_l, windows included."""
     return sum(config.cached_tokens(index, context) * spec.bytes_per_token(config) for index, spec in enumerate(specs))
 
 

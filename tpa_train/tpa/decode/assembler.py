@@ -1,25 +1,31 @@
-"""Whether the ptxas that Triton has may be trusted with tiles that nobody has run yet.
+"""Whether the ptxas that Triton assembles kernels with is known to err.
 
 On Hopper, ptxas before 13.1 gives some products wrong addresses in shared memory, and before 13.3 may use registers of
-a product that still runs (Triton issues 10486, 10573 and 11366). Seen here with 12.8 on an H100: a tile of 8 warps that
-tuning tried, of a joint latent and 40 numbers a head, reads an operand at byte 40,992 of 33,280. The same PTX assembled
-by 13.5 reads its own; errors against float64 were the same to five digits (7 cases), times within 3 % (23 cases). What
-goes wrong is a number, or an illegal access, which ends the process: it cannot be caught and passed over. Default tiles
-were looked at with 12.8 (``compute-sanitizer``, and errors against float64).
+a product that still runs (Triton issues 10486, 10573 and 11366). Triton up to 3.8 has 12.8 or 12.9 for it, 3.9 has
+13.4. Seen here with 12.8 on an H100: a tile of 8 warps that tuning tried, of a joint latent and 40 numbers a head,
+reads an operand at byte 40,992 of 33,280. The same PTX assembled by 13.5 reads its own; errors against float64 were the
+same to five digits (7 cases), times within 3 % (23 cases).
+
+What goes wrong is a number, or an illegal access, which ends the process: it cannot be caught and passed over. So no
+tiles are tried with such a ptxas, and whoever has one is told. Default tiles of every pair of forms, of few tokens and
+of many, read and wrote their own with 12.8 (``compute-sanitizer``) and agreed with float64, at the sizes of the 270M
+and 4B, and the commonest at those of the 1B, 12B and 27B.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import inspect
 import logging
-from pathlib import Path
+from importlib import metadata
+from typing import Any
 
 import torch
+import triton
 
 MENDED = (13, 3)
 HOPPER = 9  # major compute capability
-WHEEL = "cu13/bin/ptxas"  # of nvidia-cuda-nvcc, in the namespace package ``nvidia``
+WHEEL = "nvidia-cuda-nvcc"
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +35,53 @@ def trusted(device: torch.device) -> bool:
     """Returns whether tiles may be tried on ``device``; where not, says so once, and what would help."""
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return True
-    version = assembler_version()
-    if version is None or tuple(int(n) for n in version.split(".")) >= MENDED:
+    version, variable = assembler()
+    if version is None or _parts(version) >= MENDED:
         return True
-    needed = ".".join(map(str, MENDED))
-    found = _installed()
+    needed, found = ".".join(map(str, MENDED)), installed()
     log.warning(
-        "tiles are not measured: Triton assembles with ptxas %s, which gives some tiles wrong addresses on Hopper; "
-        "%sset TRITON_PTXAS_PATH=%s (%s or later), or use a Triton that has it",
-        version, "" if found else "`pip install nvidia-cuda-nvcc` and ", found or f"its {WHEEL}", needed,
+        "Triton assembles with ptxas %s, which gives some kernels wrong addresses on Hopper. Default tiles were "
+        "checked with it at the sizes of Gemma 3; no others are tried. To have a newer one, %sset %s=%s, or use Triton "
+        "3.9 or later",
+        version, "" if found else f"`pip install '{WHEEL}>={needed}'` and ", variable, found or "the path of its ptxas",
     )  # fmt: skip
     return False
 
 
-def assembler_version() -> str | None:
-    """Returns the version, "12.8", of what Triton assembles for Hopper with; None where this Triton does not say."""
+def assembler() -> tuple[str | None, str]:
+    """Returns the version, "12.8", of what Triton assembles for Hopper with, and the variable that names another.
+
+    The version is None where this Triton does not say.
+    """
+    variable = "TRITON_PTXAS_PATH"
     try:
-        from triton.backends.nvidia import compiler
+        found = tool()
+        if found.path != triton.knobs.nvidia.ptxas.path:
+            variable = "TRITON_PTXAS_BLACKWELL_PATH"  # its name from 3.9 on, for Hopper too
+        return found.version, variable
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # RuntimeError: there is none
+        return None, variable
 
-        # Triton 3.5 has one for all devices; from 3.6 on it depends on them.
-        found = compiler.get_ptxas(10 * HOPPER) if compiler.get_ptxas.__code__.co_argcount else compiler.get_ptxas()
-        return found.version
-    except (ImportError, AttributeError, RuntimeError):  # RuntimeError: there is none
+
+def tool() -> Any:
+    """Returns the ptxas, a path and a version, that Triton takes for Hopper."""
+    from triton.backends.nvidia import compiler  # not everywhere
+
+    # Triton 3.5 has one for all devices; from 3.6 on it depends on them.
+    arguments = [10 * HOPPER][: len(inspect.signature(compiler.get_ptxas).parameters)]
+    return compiler.get_ptxas(*arguments)
+
+
+def installed() -> str | None:
+    """Returns the path of the ptxas of an installed nvidia-cuda-nvcc that is new enough."""
+    try:
+        wheel = metadata.distribution(WHEEL)
+    except metadata.PackageNotFoundError:
         return None
+    file = next((file for file in wheel.files or () if file.name in ("ptxas", "ptxas.exe")), None)
+    return None if file is None or _parts(wheel.version) < MENDED else str(wheel.locate_file(file))
 
 
-def _installed() -> Path | None:
-    """Returns the ptxas of an installed nvidia-cuda-nvcc."""
-    spec = importlib.util.find_spec("nvidia")
-    paths = [Path(base) / WHEEL for base in (spec and spec.submodule_search_locations) or ()]
-    return next((path for path in paths if path.exists()), None)
+def _parts(version: str) -> tuple[int, ...]:
+    """Returns the first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -1,6 +1,6 @@
 """Contextual tensor products: queries, keys and values as sums of R outer products whose factors depend on the token.
 
-T6 (arXiv:2501.06425, eq. 3.2-3.4; DESIGN §3): K_t = (1/R) Σ_r a_r(x) ⊗ b_r(x) with a(x) = W_A x + a₀ in R^{R×G} and
+T6 (arXiv:2501.06425, eq. 3.2-3.4): K_t = (1/R) Σ_r a_r(x) ⊗ b_r(x) with a(x) = W_A x + a₀ in R^{R×G} and
 b(x) = W_B x in R^{R×d}. The bias a₀ is what makes the linear original representable: W_A = 0 is the constant-A form.
 QK-norm and RoPE are linear maps of a token once its rms is known, so they fold in exactly when it is written: the norm
 into a, 1 + w and the rotation into b. With a constant B the form is a latent with one U for all heads.

@@ -1,10 +1,10 @@
 """Dense, latent and joint latent keys and values.
 
-Latent form (DESIGN §3): K_t[g] = U_g c_t[g] with c_t[g] = A_g x. With the Gram matrix of U, rms(K)² = cᵀ(UᵀU)c/d + ε,
+Latent form: K_t[g] = U_g c_t[g] with c_t[g] = A_g x. With the Gram matrix of U, rms(K)² = cᵀ(UᵀU)c/d + ε,
 so the cache holds ĉ = c/rms and nothing else: G·r numbers. Every latent is cached relative to a constant ``center``: a
 group of numbers around zero spans less, so a quantized cache rounds it less, at no cost in bytes.
 
-Joint latent (DESIGN §3, the shape of MLA, arXiv:2405.04434, eq. 9-11): one latent c = A x for keys and values of all
+Joint latent (the shape of MLA, arXiv:2405.04434, eq. 9-11): one latent c = A x for keys and values of all
 heads. It is cached as it is, since values need it without the keys' norm: keys divide by their rms when rebuilt, or are
 multiplied by 1/rms that is cached beside it (r + G numbers). That is computed from the latent as the cache gives it
 back, so that keys from rounded latents have the norm that QK-norm wants, but for the rounding of 1/rms to 16 bits.

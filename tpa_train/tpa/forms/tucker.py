@@ -1,6 +1,6 @@
 """Tucker queries, keys, values and output projection, with factor matrices that a layer's parts share.
 
-TensorLLM (arXiv:2501.15674, §3) stacks the heads of a layer and decomposes them with shared factors; here (DESIGN §3)
+TensorLLM (arXiv:2501.15674, §3) stacks the heads of a layer and decomposes them with shared factors; here
 
     K_t[g] = Σ_h' U_head[g, h'] U_feat c_t[h'],    c_t[h'] = core[h'] (U_hiddenᵀ x_t)
 
