@@ -94,5 +94,5 @@ def test_the_harness_gets_its_own_class(model, monkeypatch):
 
 def test_what_is_missing_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'tpa-train\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
         harness_model(model)

@@ -55,8 +55,11 @@ def test_the_assembler_of_a_wheel_is_found(version, found, monkeypatch, tmp_path
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: {version}\n")
     (folder / "RECORD").write_text("nvidia/cu13/bin/nvcc,,\nnvidia/cu13/bin/ptxas,,\n")
+    ptxas = tmp_path / "nvidia" / "cu13" / "bin" / "ptxas"
+    ptxas.parent.mkdir(parents=True)
+    ptxas.touch()
     monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(folder))
-    assert INSTALLED() == (str(tmp_path / "nvidia/cu13/bin/ptxas") if found else None)
+    assert INSTALLED() == (str(ptxas) if found else None)
 
     def missing(name):
         raise metadata.PackageNotFoundError(name)

@@ -71,7 +71,7 @@ class SuiteArgs:
     )  # fmt: skip
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "a task of lm-evaluation-harness, e.g. arc_easy (pip install 'tpa-train[eval]')."},
+        metadata={"help": "a task of lm-evaluation-harness, e.g. arc_easy (pip install -e '.[eval]')."},
     )
     limit: int | None = field(
         default=None, metadata={"help": "use only the first so many questions of each file and task."}

@@ -135,5 +135,5 @@ def load_harness() -> Any:
         import lm_eval
         import lm_eval.api.model
     except ImportError as error:
-        raise UserError("this needs lm-evaluation-harness: pip install 'tpa-train[eval]'.") from error
+        raise UserError("this needs lm-evaluation-harness: pip install -e '.[eval]'.") from error
     return lm_eval

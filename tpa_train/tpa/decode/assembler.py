@@ -7,9 +7,9 @@ reads an operand at byte 40,992 of 33,280. The same PTX assembled by 13.5 reads 
 same to five digits (7 cases), times within 3 % (23 cases).
 
 What goes wrong is a number, or an illegal access, which ends the process: it cannot be caught and passed over. So no
-tiles are tried with such a ptxas, and whoever has one is told. Default tiles of every pair of forms, of few tokens and
-of many, read and wrote their own with 12.8 (``compute-sanitizer``) and agreed with float64, at the sizes of the 270M
-and 4B, and the commonest at those of the 1B, 12B and 27B.
+tiles are tried with such a ptxas, and whoever has one is told. Default tiles, of few tokens and of many, read and wrote
+their own with 12.8 (``compute-sanitizer``) and agreed with float64: every pair of forms at the size of the 4B, latents
+and dense ones at that of the 270M, the commonest at those of the 1B, 12B and 27B.
 """
 
 from __future__ import annotations
