@@ -220,7 +220,8 @@ def compare_logits(
     kl = float(torch.cat([c.kl for _, c in comparisons]).mean())
     if not kl <= ROUNDING_KL:
         raise UserError(
-            f"the exported model is {kl:.3g} nats a token away from the student; use dtype=float32 (in a training run export.dtype=float32)."
+            f"the exported model is {kl:.3g} nats a token away from the student; use dtype=float32 (in a training "
+            "run export.dtype=float32)."
         )
 
 
