@@ -4,7 +4,8 @@ On Hopper, ptxas before 13.1 gives some products wrong addresses in shared memor
 a product that still runs (Triton issues 10486, 10573 and 11366). Triton up to 3.8 has 12.8 or 12.9 for it, 3.9 has
 13.4. Seen here with 12.8 on an H100: a tile of 8 warps that tuning tried, of a joint latent and 40 numbers a head,
 reads an operand at byte 40,992 of 33,280. The same PTX assembled by 13.5 reads its own; errors against float64 were the
-same to five digits (7 cases), times within 3 % (23 cases).
+same to five digits (7 cases), times within 3 % (23 cases). Triton 3.8 and 3.9 pass ``--regAllocOptLevel=2`` to it
+besides; these ran without.
 
 What goes wrong is a number, or an illegal access, which ends the process: it cannot be caught and passed over. So no
 tiles are tried with such a ptxas, and whoever has one is told. Default tiles, of few tokens and of many, read and wrote
