@@ -6,6 +6,7 @@ from random_models import random_model, small_config
 
 from tpa_train.checkpoints.dense_export import dense_attention
 from tpa_train.checkpoints.gguf_export import with_value_bias
+from tpa_train.distillation.end_to_end import EndToEndModule
 from tpa_train.distillation.layerwise import LayerwiseModule
 from tpa_train.distillation.modules import OptimizerSettings
 from tpa_train.tpa.constants import CLOSE, settle_constants
@@ -58,6 +59,23 @@ def test_others_stay(form, rank, share):
     assert settle_constants(student, set(dict(student.named_parameters()))) == []
     assert all(torch.equal(v.bias, bias) for v, bias in zip(values, before, strict=True))
     assert _is_exact(student, 1) is (rank < 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["bias", "out.weight"])
+def test_what_diverged_is_left_as_it_is(part):
+    """Evaluation and export have words for it."""
+    student, values = _student("joint", 12, CLOSE / 2)
+    values[0].get_parameter(part).view(-1)[3] = torch.nan
+    assert settle_constants(student, set(dict(student.named_parameters()))) == [4]
+
+
+def test_an_average_of_weights_is_settled_too():
+    student, values = _student("joint", 12, CLOSE / 2)
+    module = EndToEndModule(random_model(CONFIG), student, OptimizerSettings(), "all", total_steps=0, ema=0.9)
+    module.average.update(module.trained_tensors())
+    module.finish()
+    assert _is_exact(student, 1) and _is_exact(student, 4)
 
 
 def test_a_stage_ends_so_once_all_its_steps_are_done():

@@ -5,6 +5,7 @@ from importlib import metadata
 
 import pytest
 import torch
+import triton
 
 from tpa_train.tpa.decode import assembler, tuning
 
@@ -16,9 +17,14 @@ INSTALLED = assembler.installed
 def _asked_anew(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(assembler, "installed", lambda: None)
-    assembler.trusted.cache_clear()
+    _forget()
     yield
+    _forget()
+
+
+def _forget():
     assembler.trusted.cache_clear()
+    assembler._tell.cache_clear()
 
 
 def _asked(monkeypatch, version, capability=(9, 0)):
@@ -43,13 +49,13 @@ def test_what_would_help_is_said(monkeypatch, caplog):
     assert not _asked(monkeypatch, "12.9")
     assert "ptxas 12.9" in caplog.text and "pip install 'nvidia-cuda-nvcc>=13.3'" in caplog.text
     caplog.clear()
-    assembler.trusted.cache_clear()
+    _forget()
     monkeypatch.setattr(assembler, "installed", lambda: "/here/ptxas")
     assert not _asked(monkeypatch, "12.9")
     assert "set THE_VARIABLE=/here/ptxas," in caplog.text and "pip" not in caplog.text
 
 
-@pytest.mark.parametrize("version,found", [("13.0.88", False), ("13.5.37", True), ("14.0.1", True)])
+@pytest.mark.parametrize("version,found", [("13.0.88", False), ("13.5rc1", True), ("14.0.1", True), ("new", False)])
 def test_the_assembler_of_a_wheel_is_found(version, found, monkeypatch, tmp_path):
     folder = tmp_path / f"nvidia_cuda_nvcc-{version}.dist-info"
     folder.mkdir()
@@ -92,11 +98,27 @@ def test_hopper_is_what_triton_is_asked_for(monkeypatch):
         version, path = "12.8", "other"
 
     monkeypatch.setattr(compiler, "get_ptxas", lambda arch: seen.append(arch) or Found)
+    monkeypatch.setattr(triton, "__version__", "3.9.0")
     assert assembler.assembler() == ("12.8", "TRITON_PTXAS_BLACKWELL_PATH") and seen == [90]
+    monkeypatch.setattr(triton, "__version__", "3.8.0+git1")
     monkeypatch.setattr(compiler, "get_ptxas", lambda: Found)  # as in Triton 3.5
-    assert assembler.assembler()[0] == "12.8"
+    assert assembler.assembler() == ("12.8", "TRITON_PTXAS_PATH")
+
+
+@pytest.mark.parametrize("error", [PermissionError, RuntimeError, TypeError, None])
+def test_nothing_that_goes_wrong_in_asking_ends_a_step(error, monkeypatch, tmp_path):
+    from triton.backends.nvidia import compiler
+
+    def failing(arch):
+        raise error("no")
+
     monkeypatch.delattr(compiler, "get_ptxas")
-    assert assembler.assembler()[0] is None
+    if error is not None:
+        monkeypatch.setattr(compiler, "get_ptxas", failing, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert assembler.assembler()[0] is None and assembler.trusted(HOPPER)
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(tmp_path))
+    assert INSTALLED() is None, "no metadata"
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -109,9 +131,8 @@ def test_tiles_are_not_tried_where_the_assembler_errs(measured, monkeypatch, cap
     monkeypatch.setattr(tuning, "candidates", lambda *_: ["default", "other"])
     monkeypatch.setattr(tuning, "fastest", lambda options, run: options[-1])
     for version, expected in (("12.8", "default"), ("13.4", "other" if measured else "default")):
-        assembler.trusted.cache_clear()
         _asked(monkeypatch, version)
         caplog.clear()
-        assembler.trusted.cache_clear()
+        _forget()
         assert tuning.chosen(None, lambda: "key", torch.bfloat16, HOPPER, None) == expected
         assert bool(caplog.messages) == (version == "12.8")

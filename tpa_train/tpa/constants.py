@@ -28,7 +28,7 @@ def settle_constants(student: Gemma3ForMultimodalLMwithTPA, names: Collection[st
         names: the parameters that may change.
 
     Returns:
-        The layers that were changed.
+        The layers that were changed, if only by rounding.
     """
     changed = []
     for layer in student.converted_layers:
@@ -44,6 +44,8 @@ def _settle(attention: FactorizedAttention) -> bool:
         return False
     width = values.out.weight.shape[1] // config.num_heads
     if width < config.head_dim:  # a number of the values to spare, for a constant of any direction
+        return False
+    if not (values.bias.isfinite().all() and values.out.weight.isfinite().all()):  # for whoever looks at the results
         return False
     out, bias = values.out.weight.cpu().double(), values.bias.cpu().double()
     summed = out.unflatten(1, (config.num_kv_heads, -1, width)).sum(2).flatten(1)  # [D, G·e]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 from importlib import metadata
 from typing import Any
 
@@ -39,14 +40,19 @@ def trusted(device: torch.device) -> bool:
     version, variable = assembler()
     if version is None or _parts(version) >= MENDED:
         return True
-    needed, found = ".".join(map(str, MENDED)), installed()
+    _tell(version, variable, installed())
+    return False
+
+
+@functools.cache
+def _tell(version: str, variable: str, found: str | None) -> None:
+    needed = ".".join(map(str, MENDED))
     log.warning(
         "Triton assembles with ptxas %s, which gives some kernels wrong addresses on Hopper. Default tiles were "
         "checked with it at the sizes of Gemma 3; no others are tried. To have a newer one, %sset %s=%s, or use Triton "
         "3.9 or later",
         version, "" if found else f"`pip install '{WHEEL}>={needed}'` and ", variable, found or "the path of its ptxas",
     )  # fmt: skip
-    return False
 
 
 def assembler() -> tuple[str | None, str]:
@@ -54,13 +60,11 @@ def assembler() -> tuple[str | None, str]:
 
     The version is None where this Triton does not say.
     """
-    variable = "TRITON_PTXAS_PATH"
+    newer = _parts(triton.__version__) >= (3, 9)  # takes for Hopper what it has for Blackwell
+    variable = "TRITON_PTXAS_BLACKWELL_PATH" if newer else "TRITON_PTXAS_PATH"
     try:
-        found = tool()
-        if found.path != triton.knobs.nvidia.ptxas.path:
-            variable = "TRITON_PTXAS_BLACKWELL_PATH"  # its name from 3.9 on, for Hopper too
-        return found.version, variable
-    except (ImportError, AttributeError, TypeError, RuntimeError):  # RuntimeError: there is none
+        return tool().version, variable
+    except (ImportError, AttributeError, TypeError, RuntimeError, OSError):  # there is none, or it cannot be run
         return None, variable
 
 
@@ -77,12 +81,14 @@ def installed() -> str | None:
     """Returns the path of the ptxas of an installed nvidia-cuda-nvcc that is new enough."""
     try:
         wheel = metadata.distribution(WHEEL)
-    except metadata.PackageNotFoundError:
+        version = wheel.version
+    except (metadata.PackageNotFoundError, AttributeError, KeyError):  # or without its metadata
         return None
     file = next((file for file in wheel.files or () if file.name in ("ptxas", "ptxas.exe")), None)
-    return None if file is None or _parts(wheel.version) < MENDED else str(wheel.locate_file(file))
+    return None if file is None or _parts(version) < MENDED else str(wheel.locate_file(file))
 
 
-def _parts(version: str) -> tuple[int, ...]:
-    """Returns the first two numbers of a version."""
-    return tuple(int(part) for part in version.split(".")[:2])
+def _parts(version: str | None) -> tuple[int, ...]:
+    """Returns the first two numbers of a version; none where it has no such."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return tuple(map(int, found.groups())) if found else ()
