@@ -32,6 +32,7 @@ from tpa_train.errors import UserError
 from tpa_train.evaluation.atomic import replacing
 from tpa_train.gemma3.config import Gemma3Config, layer_pattern
 from tpa_train.gemma3.tokenizer import CONTROL, CONTROL_NAMES, TURN_NAMES, UNUSED, USER_DEFINED, Tokenizer
+from tpa_train.tpa.constants import constant_of_values
 from tpa_train.tpa.gemma3_tpa_model_modular import Gemma3ForMultimodalLMwithTPA, layer_of
 from tpa_train.tpa.spec import dense_specs
 
@@ -142,15 +143,14 @@ def with_value_bias(
     if not constant.any():
         return tensors, True
     groups, width = config.num_kv_heads, config.head_dim
-    out = tensors["o_proj.weight"].unflatten(1, (groups, -1, width))  # [D, G, H/G, d]
-    summed = out.sum(2).flatten(1)
-    bias = torch.linalg.lstsq(summed, constant[:, None], rcond=1e-6, driver="gelsd").solution[:, 0]
+    bias, summed = constant_of_values(tensors["o_proj.weight"], constant, groups, width)
     missed = float((constant - summed @ bias).norm())
     if missed <= max(MET * float(constant.norm()), FAINT * float(summed.norm())):
         return tensors | {VALUE_BIAS: bias}, True
 
     # A head's values V [d, D] and what its query heads make of them, O [(H/G)·D, d], in the coordinates of the SVD of
     # O V: the last one is free, or carries least.
+    out = tensors["o_proj.weight"].unflatten(1, (groups, -1, width))  # [D, G, H/G, d]
     values = tensors["v_proj.weight"].unflatten(0, (groups, width))
     turned = []
     for g in range(groups):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from tpa_train.tpa.attention import FactorizedAttention
 from tpa_train.tpa.forms.latent import JointValues, LatentValues
@@ -38,6 +39,22 @@ def settle_constants(student: Gemma3ForMultimodalLMwithTPA, names: Collection[st
     return changed
 
 
+def constant_of_values(out: Tensor, constant: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor]:
+    """Returns the constant value [G·e] that is nearest to a constant of the output, and what maps such to outputs.
+
+    Args:
+        out: the output projection, float64 [D, H·e].
+        constant: of the output, float64 [D].
+        groups: KV heads G.
+        width: numbers of a value e.
+
+    Returns:
+        v and Σ over each KV head's query heads of ``out``, [D, G·e]: their product is nearest to ``constant``.
+    """
+    summed = out.unflatten(1, (groups, -1, width)).sum(2).flatten(1)
+    return torch.linalg.lstsq(summed, constant[:, None], rcond=1e-6, driver="gelsy").solution[:, 0], summed
+
+
 def _settle(attention: FactorizedAttention) -> bool:
     values, config = attention.values, attention.config
     if not isinstance(values, (LatentValues, JointValues)) or attention.output_form is not None:
@@ -47,10 +64,9 @@ def _settle(attention: FactorizedAttention) -> bool:
         return False
     if not (values.bias.isfinite().all() and values.out.weight.isfinite().all()):  # for whoever looks at the results
         return False
-    out, bias = values.out.weight.cpu().double(), values.bias.cpu().double()
-    summed = out.unflatten(1, (config.num_kv_heads, -1, width)).sum(2).flatten(1)  # [D, G·e]
-    nearest = summed @ torch.linalg.lstsq(summed, bias[:, None], rcond=1e-6, driver="gelsy").solution
-    nearest = nearest[:, 0]
+    bias = values.bias.cpu().double()
+    value, summed = constant_of_values(values.out.weight.cpu().double(), bias, config.num_kv_heads, width)
+    nearest = summed @ value
     if not 0 < float((nearest - bias).norm()) <= CLOSE * float(bias.norm()):
         return False
     values.bias.copy_(nearest)
